@@ -1,0 +1,213 @@
+// Runs an attention call: cuts it into tiles, spreads them over the threads, picks the kernels.
+
+#include "cpu/attention.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Float8_e4m3fn.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "cpu/tile_headers.h"
+
+namespace fa3npu {
+
+#if defined(__x86_64__)
+namespace avx512 {
+extern const Kernels table;
+}
+namespace avx2 {
+extern const Kernels table;
+}
+#endif
+namespace portable {
+extern const Kernels table;
+}
+
+namespace {
+
+std::vector<const Kernels*> supported_kernels() {
+  std::vector<const Kernels*> best_first;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    best_first.push_back(&avx512::table);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    best_first.push_back(&avx2::table);
+#endif
+  best_first.push_back(&portable::table);
+  return best_first;
+}
+
+const Kernels& choose_kernels() {
+  const auto supported = supported_kernels();
+  const char* wanted = std::getenv("FA3NPU_CPU_CAPABILITY");
+  if (wanted == nullptr || *wanted == '\0') return *supported.front();
+  std::string names;
+  for (const Kernels* k : supported) {
+    if (std::strcmp(k->name, wanted) == 0) return *k;
+    names += (names.empty() ? "" : ", ") + std::string(k->name);
+  }
+  FA3_CHECK(false, "FA3NPU_CPU_CAPABILITY must be one of ", names, " on this machine, got ", wanted);
+  return *supported.front();
+}
+
+// Memory that a thread keeps between calls and that only grows.
+char* thread_scratch(int64_t bytes) {
+  thread_local std::unique_ptr<char, decltype(&std::free)> memory(nullptr, &std::free);
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    memory.reset(static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 64))));
+    size = memory ? bytes : 0;
+    if (!memory) throw std::bad_alloc();
+  }
+  return memory.get();
+}
+
+// Calls work(i, scratch) for i in [0, count), each on whichever thread is free next.
+template <class F>
+void run_dynamically(int64_t count, int64_t scratch_bytes, const F& work) {
+  if (count == 0) return;
+  std::atomic<int64_t> next{0};
+  const auto loop = [&](int64_t, int64_t) {
+    char* scratch = thread_scratch(scratch_bytes);
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i, scratch);
+  };
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  if (threads == 1)
+    loop(0, 1);
+  else
+    torch::stable::parallel_for(0, threads, 1, loop);
+}
+
+std::vector<RowTile> row_tiles(const Attention& a) {
+  std::vector<RowTile> tiles;
+  for (int64_t b = 0; b < a.batch_size; ++b) {
+    const int64_t rows = a.sequences[b].q_len * a.group();
+    for (int64_t head = 0; head < a.nheads_k; ++head)
+      for (int64_t first = round_up(rows, kRowTile) - kRowTile; first >= 0; first -= kRowTile)
+        tiles.push_back({b, head, first, std::min(kRowTile, rows - first)});  // long rows first
+  }
+  return tiles;
+}
+
+struct Chunks {
+  int64_t begin, end;
+};
+
+Chunks chunks_of(const Attention& a, const RowTile& t) {
+  const KeyRange keys = visible(a, t);
+  if (keys.begin >= keys.end) return {0, 0};
+  return {keys.begin / kChunk, (keys.end + kChunk - 1) / kChunk};
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose_kernels();
+  return chosen;
+}
+
+const float* float8_table() {
+  static const std::vector<float> table = [] {
+    std::vector<float> values;
+    for (int i = 0; i < 256; ++i)
+      values.push_back(c10::Float8_e4m3fn(uint8_t(i), c10::Float8_e4m3fn::from_bits()));
+    return values;
+  }();
+  return table.data();
+}
+
+uint16_t float_to_half(float x) { return c10::Half(x).x; }
+uint16_t float_to_bfloat16(float x) { return c10::BFloat16(x).x; }
+
+int64_t state_bytes(const Attention& a) {
+  const int64_t element = a.is_double() ? 8 : 4;
+  return element * kRowTile * (2 + round_up(a.headdim_v, 16));
+}
+
+int64_t scratch_bytes(const Attention& a) {  // the most that any kernel takes
+  const int64_t element = a.is_double() ? 8 : 4;
+  const int64_t widths = round_up(a.headdim, 16) + round_up(a.headdim_v, 16);
+  const int64_t tiles = 5 * kRowTile * widths;  // rows, K and V, their transposes, gradients, spare
+  const int64_t squares = 3 * kRowTile * kKeyBlock;
+  return element * (tiles + squares) + kRowTile * 64 + 4096;
+}
+
+void attention_forward(const Attention& a) {
+  const Kernels& k = kernels();
+  const auto tiles = row_tiles(a);
+  const int64_t count = tiles.size(), state = round_up(state_bytes(a), 64);
+
+  if (count >= torch::stable::get_num_threads()) {
+    run_dynamically(count, 2 * state + scratch_bytes(a), [&](int64_t i, char* scratch) {
+      char *total = scratch, *part = scratch + state, *rest = scratch + 2 * state;
+      const Chunks chunks = chunks_of(a, tiles[i]);
+      if (chunks.begin == chunks.end) k.empty_state(a, total);
+      for (int64_t c = chunks.begin; c < chunks.end; ++c) {
+        k.forward_chunk(a, tiles[i], c, c == chunks.begin ? total : part, rest);
+        if (c > chunks.begin) k.merge_state(a, tiles[i], total, part);
+      }
+      k.finish(a, tiles[i], total);
+    });
+    return;
+  }
+
+  // Fewer tiles than threads: chunks in parallel, merged in the same order afterwards.
+  std::vector<std::pair<int64_t, int64_t>> work;  // (tile, chunk)
+  std::vector<int64_t> first;
+  for (int64_t i = 0; i < count; ++i) {
+    const Chunks chunks = chunks_of(a, tiles[i]);
+    first.push_back(work.size());
+    for (int64_t c = chunks.begin; c < chunks.end; ++c) work.push_back({i, c});
+  }
+  first.push_back(work.size());
+  std::vector<char> memory(work.size() * state + 64);
+  char* states = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+  run_dynamically(work.size(), scratch_bytes(a), [&](int64_t i, char* scratch) {
+    k.forward_chunk(a, tiles[work[i].first], work[i].second, states + i * state, scratch);
+  });
+  run_dynamically(count, state, [&](int64_t i, char* scratch) {
+    char* total = first[i] < first[i + 1] ? states + first[i] * state : scratch;
+    if (total == scratch) k.empty_state(a, total);
+    for (int64_t part = first[i] + 1; part < first[i + 1]; ++part)
+      k.merge_state(a, tiles[i], total, states + part * state);
+    k.finish(a, tiles[i], total);
+  });
+}
+
+std::string cpu_capability() { return kernels().name; }
+
+STABLE_TORCH_LIBRARY_IMPL(fa3npu, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+}
+
+void attention_backward(const Attention& a) {
+  const Kernels& k = kernels();
+  const auto tiles = row_tiles(a);
+  run_dynamically(tiles.size(), scratch_bytes(a),
+                  [&](int64_t i, char* scratch) { k.backward_dq(a, tiles[i], scratch); });
+
+  struct KeyWork {
+    int64_t sequence, head, block;
+  };
+  std::vector<KeyWork> blocks;
+  for (int64_t b = 0; b < a.batch_size; ++b)
+    for (int64_t head = 0; head < a.nheads_k; ++head)
+      for (int64_t block = 0; block < a.sequences[b].k_len; block += kKeyBlock)
+        blocks.push_back({b, head, block});
+  run_dynamically(blocks.size(), scratch_bytes(a), [&](int64_t i, char* scratch) {
+    k.backward_dkdv(a, blocks[i].sequence, blocks[i].head, blocks[i].block, scratch);
+  });
+}
+
+}  // namespace fa3npu

@@ -1,0 +1,127 @@
+// One attention call as plain data: what the operators build after checking their arguments and what
+// the kernels read. Nothing here owns memory or depends on an instruction set.
+
+#pragma once
+
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+namespace fa3npu {
+
+using torch::headeronly::ScalarType;
+
+constexpr int64_t kRowTile = 64;    // query rows (position x head of a group) that share K and V
+constexpr int64_t kKeyBlock = 64;   // keys per step of the online softmax, aligned to absolute positions
+constexpr int64_t kChunk = 1024;    // keys per partial result; partial results merge in order
+constexpr int64_t kMaxHeadDim = 512;
+
+// A tensor of head vectors, each contiguous. Strides are in bytes.
+struct Rows {
+  char* data = nullptr;
+  ScalarType dtype = ScalarType::Undefined;
+  int64_t batch = 0, row = 0, head = 0;
+
+  char* at(int64_t b, int64_t i, int64_t h) const { return data + b * batch + i * row + h * head; }
+};
+
+// A float32 tensor of one number per (batch or sequence, row, head): softmax_lse, descales, slopes.
+struct Scalars {
+  float* data = nullptr;
+  int64_t batch = 0, row = 0, head = 0;
+
+  float& at(int64_t b, int64_t i, int64_t h) const { return data[b * batch + i * row + h * head]; }
+  float get(int64_t b, int64_t h, float otherwise) const { return data ? at(b, 0, h) : otherwise; }
+};
+
+// Where the rows of one batch entry lie. Lengths and page ids have been checked against the tensors.
+struct Sequence {
+  int64_t q_batch, q_begin, q_len;
+  int64_t k_batch, k_begin, k_len;
+  const int32_t* pages;  // null unless paged
+};
+
+struct KeyRange {
+  int64_t begin, end;
+};
+
+struct Attention {
+  Rows q, k, v, qv, out;
+  Rows dout, dq, dk, dv;  // backward only
+  Scalars softmax_lse, dsoftmax_lse;
+  Scalars q_descale, k_descale, v_descale;  // (batch, nheads_k); read only for FP8
+  Scalars alibi_slopes;                     // (batch or 1, nheads)
+  Scalars sinks;                            // (nheads,)
+  const Sequence* sequences;
+  int64_t batch_size, nheads, nheads_k, headdim, headdim_v;
+  int64_t page_size = 0;
+  double softmax_scale, softcap;
+  int64_t window_left, window_right, attention_chunk;  // -1, -1, 0: no limit
+
+  int64_t group() const { return nheads / nheads_k; }
+  bool is_double() const { return q.dtype == ScalarType::Double; }
+
+  const char* key_row(const Rows& cache, const Sequence& s, int64_t j, int64_t head) const {
+    const int64_t position = s.k_begin + j;
+    if (s.pages == nullptr) return cache.at(s.k_batch, position, head);
+    return cache.at(s.pages[position / page_size], position % page_size, head);
+  }
+
+  // The keys that query row i sees: every mask of FlashAttention is one interval per row, aligned
+  // bottom-right, and both ends grow with i.
+  KeyRange visible(const Sequence& s, int64_t i) const {
+    const int64_t diagonal = i + s.k_len - s.q_len;
+    int64_t begin = 0, end = s.k_len;
+    if (window_right >= 0) end = std::min(end, diagonal + window_right + 1);
+    if (window_left >= 0) begin = std::max(begin, diagonal - window_left);
+    if (attention_chunk > 0) {
+      const int64_t offset = (diagonal % attention_chunk + attention_chunk) % attention_chunk;
+      begin = std::max(begin, diagonal - offset);
+      end = std::min(end, diagonal - offset + attention_chunk);
+    }
+    return {begin, std::max(begin, end)};
+  }
+};
+
+// Up to kRowTile query rows of one sequence and one KV head. Row r is position r / group of head
+// head_k * group + r % group, so that all heads of a group share what is loaded of K and V.
+struct RowTile {
+  int64_t sequence, head_k, first, rows;
+};
+
+inline KeyRange visible(const Attention& a, const RowTile& t) {
+  const Sequence& s = a.sequences[t.sequence];
+  const KeyRange first = a.visible(s, t.first / a.group());
+  const KeyRange last = a.visible(s, (t.first + t.rows - 1) / a.group());
+  return {first.begin, last.end};
+}
+
+inline int64_t round_up(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
+
+// The kernels of one instruction set. `scratch` is scratch_bytes(a) of uninitialised memory; a state
+// is state_bytes(a) and holds a partial result: for each row its maximum, sum and unscaled output.
+struct Kernels {
+  const char* name;
+  void (*forward_chunk)(const Attention& a, const RowTile& t, int64_t chunk, char* state,
+                        char* scratch);
+  void (*empty_state)(const Attention& a, char* state);
+  void (*merge_state)(const Attention& a, const RowTile& t, char* into, const char* from);
+  void (*finish)(const Attention& a, const RowTile& t, const char* state);
+  void (*backward_dq)(const Attention& a, const RowTile& t, char* scratch);
+  void (*backward_dkdv)(const Attention& a, int64_t sequence, int64_t head_k, int64_t block,
+                        char* scratch);
+};
+
+int64_t state_bytes(const Attention& a);
+int64_t scratch_bytes(const Attention& a);
+
+const Kernels& kernels();  // the best this machine runs, or the one FA3NPU_CPU_CAPABILITY names
+
+void attention_forward(const Attention& a);
+void attention_backward(const Attention& a);
+
+}  // namespace fa3npu

@@ -1,0 +1,643 @@
+// The attention loop over one tile of query rows, and its gradient. tile_*.cpp compile this file once
+// per instruction set, each in its own namespace; the vectors are the compiler's, 64 bytes wide, which
+// it maps to one, two or four registers.
+//
+// Bits: an element of a product is always summed in the order of its index, a row's softmax never
+// mixes with another row's, and masked keys add exact zeros. So a row's result does not depend on the
+// tile, the batch or the thread that computed it.
+
+// No include guard and no includes: see tile_*.cpp.
+
+template <class T>
+struct Vector;
+template <>
+struct Vector<float> {
+  typedef float type __attribute__((vector_size(64), aligned(4), may_alias));
+  typedef int32_t bits __attribute__((vector_size(64), aligned(4), may_alias));
+};
+template <>
+struct Vector<double> {
+  typedef double type __attribute__((vector_size(64), aligned(8), may_alias));
+  typedef int64_t bits __attribute__((vector_size(64), aligned(8), may_alias));
+};
+template <class T>
+using Vec = typename Vector<T>::type;
+template <class T>
+constexpr int64_t kLanes = 64 / sizeof(T);
+
+#define INLINE inline __attribute__((always_inline))
+
+template <class T>
+INLINE Vec<T>& vec(T* p) {
+  return *reinterpret_cast<Vec<T>*>(p);
+}
+template <class T>
+INLINE const Vec<T>& vec(const T* p) {
+  return *reinterpret_cast<const Vec<T>*>(p);
+}
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : (x > high ? high : x);
+}
+
+template <class T>
+INLINE void fill(T* p, int64_t n, T value) {
+  for (int64_t i = 0; i < n; ++i) p[i] = value;
+}
+
+// ---- exp: at most 2 ulp up to 88, exact at 0, 0 below the smallest normal; NaN stays NaN -----------
+
+// e^x = 2^n (1 + q), |q| <= 0.42, for -87.3 <= x <= 88.3
+struct Exponential {
+  Vec<float> q, power;
+};
+
+INLINE Exponential exponential(const Vec<float>& x) {
+  typedef typename Vector<float>::bits Bits;
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec<float> n = (x * 1.44269504088896341f + magic) - magic;
+  const Vec<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const Bits exponent = (__builtin_convertvector(n, Bits) + 127) << 23;
+  return {p * (r * r) + r, reinterpret_cast<const Vec<float>&>(exponent)};
+}
+
+INLINE Vec<float> exp_(const Vec<float>& x) {
+  const auto in_range = (x >= -87.33654f) & (x <= 88.37626f);
+  const Exponential e = exponential(in_range ? x : Vec<float>{});
+  const Vec<float> outside = x > 0.0f ? Vec<float>{} + kInf : (x < 0.0f ? Vec<float>{} : x);
+  return in_range ? (e.q + 1.0f) * e.power : outside;
+}
+
+INLINE Vec<double> exp_(const Vec<double>& x) {
+  Vec<double> y;
+  for (int64_t i = 0; i < kLanes<double>; ++i) y[i] = std::exp(x[i]);
+  return y;
+}
+
+template <class T>
+INLINE T exp1(T x) {
+  return exp_(Vec<T>{} + x)[0];  // the vector's own, so that one row of one key has the same bits
+}
+
+// softcap * tanh(x / softcap), tanh(y) = (e^2y - 1) / (e^2y + 1) with both from the same q
+INLINE Vec<float> softcapped(const Vec<float>& x, float softcap) {
+  const Vec<float> y = x * (2.0f / softcap);
+  const Vec<float> bounded =
+      y > 40.0f ? Vec<float>{} + 40.0f : (y < -40.0f ? Vec<float>{} - 40.0f : y);
+  const Exponential e = exponential(bounded);
+  const Vec<float> less_one = e.q * e.power + (e.power - 1.0f);
+  return softcap * less_one / (less_one + 2.0f);
+}
+INLINE Vec<double> softcapped(const Vec<double>& x, double softcap) {
+  Vec<double> y;
+  for (int64_t i = 0; i < kLanes<double>; ++i) y[i] = softcap * std::tanh(x[i] / softcap);
+  return y;
+}
+
+template <class T>
+INLINE T sum(const Vec<T>& x) {  // a fixed tree
+  T y[kLanes<T>];
+  vec(y) = x;
+  for (int64_t half = kLanes<T> / 2; half > 0; half /= 2)
+    for (int64_t i = 0; i < half; ++i) y[i] += y[i + half];
+  return y[0];
+}
+
+template <class T>
+INLINE T max(const Vec<T>& x) {
+  T y = x[0];
+  for (int64_t i = 1; i < kLanes<T>; ++i) y = x[i] > y ? x[i] : y;
+  return y;
+}
+
+template <class T>
+INLINE T greater(T a, T b) {
+  return b > a ? b : a;
+}
+
+// ---- C (+)= A B: the one product ------------------------------------------------------------------
+
+template <class T, int R, int C, bool SkipZero>
+INLINE void product_block(int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b,
+                          int64_t ldb, T* c, int64_t ldc, bool accumulate) {
+  Vec<T> acc[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < C; ++i)
+      acc[r][i] = accumulate ? vec(c + r * ldc + i * kLanes<T>) : Vec<T>{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec<T> x[C];
+    for (int i = 0; i < C; ++i) x[i] = vec(b + k * ldb + i * kLanes<T>);
+    for (int r = 0; r < R; ++r) {
+      const T y = a[r * a_row + k * a_col];
+      if (SkipZero && y == T(0)) continue;
+      for (int i = 0; i < C; ++i) acc[r][i] += y * x[i];
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < C; ++i) vec(c + r * ldc + i * kLanes<T>) = acc[r][i];
+}
+
+template <class T, int R, int C, bool SkipZero>
+INLINE void product_rows(int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_col,
+                         const T* b, int64_t ldb, T* c, int64_t ldc, bool accumulate) {
+  int64_t n = 0;
+  for (; n + C * kLanes<T> <= columns; n += C * kLanes<T>)
+    product_block<T, R, C, SkipZero>(depth, a, a_row, a_col, b + n, ldb, c + n, ldc, accumulate);
+  for (; n < columns; n += kLanes<T>)
+    product_block<T, R, 1, SkipZero>(depth, a, a_row, a_col, b + n, ldb, c + n, ldc, accumulate);
+}
+
+// C[rows, columns] (+)= A[rows, depth] B[depth, columns]. A is read at a_row and a_col strides (so it
+// may be a transpose); columns is a multiple of the lanes. With skip_zero an exact zero of A removes
+// what it would multiply: a NaN behind a masked key must not reach the row.
+template <class T>
+void product(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_col,
+             const T* b, int64_t ldb, T* c, int64_t ldc, bool accumulate, bool skip_zero) {
+  int64_t r = 0;
+  if (skip_zero) {
+    for (; r < rows; ++r)
+      product_rows<T, 1, 1, true>(columns, depth, a + r * a_row, a_row, a_col, b, ldb, c + r * ldc,
+                                  ldc, accumulate);
+    return;
+  }
+  for (; r + FA3NPU_ROWS <= rows; r += FA3NPU_ROWS)
+    product_rows<T, FA3NPU_ROWS, FA3NPU_VECTORS, false>(columns, depth, a + r * a_row, a_row, a_col,
+                                                        b, ldb, c + r * ldc, ldc, accumulate);
+  for (; r < rows; ++r)
+    product_rows<T, 1, FA3NPU_VECTORS, false>(columns, depth, a + r * a_row, a_row, a_col, b, ldb,
+                                              c + r * ldc, ldc, accumulate);
+}
+
+// ---- loads and stores -----------------------------------------------------------------------------
+
+INLINE float half_to_float(uint16_t h) {  // branch-free, so that a loop of it is vector code
+  const uint32_t sign = uint32_t(h & 0x8000u) << 16;
+  const uint32_t magnitude = uint32_t(h & 0x7fffu) << 13;
+  uint32_t shifted = magnitude;
+  float f;
+  __builtin_memcpy(&f, &shifted, 4);
+  f *= 5.192296858534828e33f;  // 2^112: the difference of the exponents' biases
+  uint32_t bits;
+  __builtin_memcpy(&bits, &f, 4);
+  bits = (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : bits) | sign;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+
+INLINE float bfloat16_to_float(uint16_t h) {
+  const uint32_t bits = uint32_t(h) << 16;
+  float f;
+  __builtin_memcpy(&f, &bits, 4);
+  return f;
+}
+
+template <class T>
+void load_row(const char* from, ScalarType dtype, int64_t n, T* to) {
+  const uint16_t* half = reinterpret_cast<const uint16_t*>(from);
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      for (int64_t i = 0; i < n; ++i) to[i] = bfloat16_to_float(half[i]);
+      break;
+    case ScalarType::Half:
+      for (int64_t i = 0; i < n; ++i) to[i] = half_to_float(half[i]);
+      break;
+    case ScalarType::Float8_e4m3fn:
+      for (int64_t i = 0; i < n; ++i) to[i] = float8_table()[uint8_t(from[i])];
+      break;
+    case ScalarType::Float:
+      for (int64_t i = 0; i < n; ++i) to[i] = reinterpret_cast<const float*>(from)[i];
+      break;
+    default:
+      for (int64_t i = 0; i < n; ++i) to[i] = reinterpret_cast<const double*>(from)[i];
+  }
+}
+
+template <class T>
+void store_row(const T* from, T scale, ScalarType dtype, int64_t n, char* to) {
+  uint16_t* half = reinterpret_cast<uint16_t*>(to);
+  switch (dtype) {
+    case ScalarType::BFloat16:
+      for (int64_t i = 0; i < n; ++i) half[i] = float_to_bfloat16(float(from[i] * scale));
+      break;
+    case ScalarType::Half:
+      for (int64_t i = 0; i < n; ++i) half[i] = float_to_half(float(from[i] * scale));
+      break;
+    case ScalarType::Float:
+      for (int64_t i = 0; i < n; ++i) reinterpret_cast<float*>(to)[i] = float(from[i] * scale);
+      break;
+    default:
+      for (int64_t i = 0; i < n; ++i) reinterpret_cast<double*>(to)[i] = from[i] * scale;
+  }
+}
+
+template <class T>
+bool all_finite(const T* x, int64_t n) {
+  Vec<T> zeros{};
+  for (int64_t i = 0; i < n; i += kLanes<T>) zeros += vec(x + i) * T(0);
+  return sum<T>(zeros) == T(0);
+}
+
+// ---- tiles in scratch memory ----------------------------------------------------------------------
+
+// Cuts scratch memory into arrays, each on its own cache lines.
+struct Arena {
+  char* next;
+  template <class T>
+  T* take(int64_t n) {
+    T* p = reinterpret_cast<T*>(next);
+    next += round_up(n * int64_t(sizeof(T)), 64);
+    return p;
+  }
+};
+
+template <class T>
+constexpr int64_t padded(int64_t n) {
+  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+// A block of up to kKeyBlock rows of K or V, as rows[j][ld] and transposed[column][kKeyBlock], either
+// of them null where it is not needed. Rows past `count` and columns past `width` are zero.
+template <class T>
+struct KeyTile {
+  T *rows, *transposed;
+  int64_t width, ld;
+
+  KeyTile(Arena& arena, int64_t width, bool with_rows, bool with_transposed)
+      : rows(with_rows ? arena.take<T>(kKeyBlock * padded<T>(width)) : nullptr),
+        transposed(with_transposed ? arena.take<T>(kKeyBlock * width) : nullptr),
+        width(width),
+        ld(padded<T>(width)) {}
+
+  void load(const Attention& a, const Rows& cache, const Sequence& s, int64_t first, int64_t count,
+            int64_t head) {
+    T row[kMaxHeadDim + 16];
+    for (int64_t j = 0; j < kKeyBlock; ++j) {
+      T* to = rows ? rows + j * ld : row;
+      if (j < count) {
+        load_row(a.key_row(cache, s, first + j, head), cache.dtype, width, to);
+        for (int64_t c = width; c < ld; ++c) to[c] = T(0);
+      } else {
+        for (int64_t c = 0; c < ld; ++c) to[c] = T(0);
+      }
+      if (transposed)
+        for (int64_t c = 0; c < width; ++c) transposed[c * kKeyBlock + j] = to[c];
+    }
+  }
+
+  bool finite() const { return all_finite(rows, kKeyBlock * ld); }
+};
+
+// What the softmax of a tile's rows needs: who they are and which keys they see.
+template <class T>
+struct QueryTile {
+  const Attention& a;
+  const Sequence& s;
+  int64_t sequence, head_k, first, rows;
+  T *q, *qv;
+  int64_t* position;
+  KeyRange* keys;
+  T* slope;
+
+  QueryTile(const Attention& a, const RowTile& t, Arena& arena)
+      : a(a), s(a.sequences[t.sequence]), sequence(t.sequence), head_k(t.head_k) {
+    q = arena.take<T>(kRowTile * a.headdim);
+    qv = a.qv.data ? arena.take<T>(kRowTile * a.headdim_v) : nullptr;
+    position = arena.take<int64_t>(kRowTile);
+    keys = arena.take<KeyRange>(kRowTile);
+    slope = arena.take<T>(kRowTile);
+    load(t.first, t.rows);
+  }
+
+  int64_t head(int64_t r) const { return head_k * a.group() + (first + r) % a.group(); }
+
+  void load(int64_t first_, int64_t rows_) {
+    first = first_;
+    rows = rows_;
+    const bool fp8 = a.q.dtype == ScalarType::Float8_e4m3fn;
+    const T q_scale = fp8 ? a.q_descale.get(sequence, head_k, 1) : 1;
+    const T k_scale = fp8 ? a.k_descale.get(sequence, head_k, 1) : 1;
+    const T v_scale = fp8 ? a.v_descale.get(sequence, head_k, 1) : 1;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t i = (first + r) / a.group();
+      position[r] = i;
+      keys[r] = a.visible(s, i);
+      slope[r] = a.alibi_slopes.get(sequence, head(r), 0);
+      load_row(a.q.at(s.q_batch, s.q_begin + i, head(r)), a.q.dtype, a.headdim, q + r * a.headdim);
+      for (int64_t c = 0; fp8 && c < a.headdim; ++c) q[r * a.headdim + c] *= q_scale * k_scale;
+      if (qv == nullptr) continue;
+      T* row = qv + r * a.headdim_v;
+      load_row(a.qv.at(s.q_batch, s.q_begin + i, head(r)), a.qv.dtype, a.headdim_v, row);
+      for (int64_t c = 0; fp8 && c < a.headdim_v; ++c) row[c] *= q_scale * v_scale;
+    }
+  }
+
+  // scores[r][kKeyBlock] = q k^T + qv v^T, not yet scaled
+  void scores(const KeyTile<T>& k, const KeyTile<T>& v, T* to) const {
+    product<T>(rows, kKeyBlock, a.headdim, q, a.headdim, 1, k.transposed, kKeyBlock, to, kKeyBlock,
+               false, false);
+    if (qv)
+      product<T>(rows, kKeyBlock, a.headdim_v, qv, a.headdim_v, 1, v.transposed, kKeyBlock, to,
+                 kKeyBlock, true, false);
+  }
+
+  // One vector of row r's scores at keys block + lane...: scaled, capped, biased. Masked keys are
+  // -inf. `capped` is the score before the bias, which the softcap's gradient needs.
+  INLINE Vec<T> logits(int64_t r, int64_t block, int64_t lane, const Vec<T>& score,
+                       Vec<T>* capped = nullptr) const {
+    Vec<T> index;
+    for (int64_t i = 0; i < kLanes<T>; ++i) index[i] = T(lane + i);
+    Vec<T> x = score * T(a.softmax_scale);
+    if (a.softcap > 0) x = softcapped(x, T(a.softcap));
+    if (capped) *capped = x;
+    if (slope[r] != 0) {
+      const Vec<T> distance = T(position[r] + s.k_len - s.q_len - block) - index;
+      x -= slope[r] * (distance < T(0) ? -distance : distance);
+    }
+    const T begin = T(clamp(keys[r].begin - block, 0, kKeyBlock));
+    const T end = T(clamp(keys[r].end - block, 0, kKeyBlock));
+    return ((index >= begin) & (index < end)) ? x : Vec<T>{} - T(kInf);
+  }
+
+  bool sees(int64_t block) const {
+    return keys[0].begin < block + kKeyBlock && keys[rows - 1].end > block;
+  }
+};
+
+// ---- forward --------------------------------------------------------------------------------------
+
+// A partial result of a row tile: maximum, sum and unscaled output of each row.
+template <class T>
+struct State {
+  T *maximum, *sum, *out;
+  int64_t ld;
+  State(const Attention& a, char* at) : ld(padded<T>(a.headdim_v)) {
+    Arena arena{at};
+    maximum = arena.take<T>(kRowTile);
+    sum = arena.take<T>(kRowTile);
+    out = arena.take<T>(kRowTile * ld);
+  }
+};
+
+template <class T>
+void empty_state_(const Attention& a, char* at) {
+  const State<T> state(a, at);
+  fill<T>(state.maximum, kRowTile, -T(kInf));
+  fill<T>(state.sum, kRowTile, T(0));
+  fill<T>(state.out, kRowTile * state.ld, T(0));
+}
+
+// One step of the online softmax for row r: turns its scores into probabilities relative to the new
+// maximum and rescales what was summed before. A block that the row does not see changes nothing.
+template <class T>
+void softmax_step(const QueryTile<T>& q, int64_t r, int64_t block, T* scores, const State<T>& state) {
+  T* row = scores + r * kKeyBlock;
+  Vec<T> top = Vec<T>{} - T(kInf);
+  for (int64_t lane = 0; lane < kKeyBlock; lane += kLanes<T>) {
+    const Vec<T> x = q.logits(r, block, lane, vec(row + lane));
+    vec(row + lane) = x;
+    top = x > top ? x : top;
+  }
+  const T before = state.maximum[r];
+  const T maximum = greater(before, max<T>(top));
+  const T base = maximum == -T(kInf) ? T(0) : maximum;  // -inf - -inf would be NaN
+  Vec<T> total{};
+  for (int64_t lane = 0; lane < kKeyBlock; lane += kLanes<T>) {
+    const Vec<T> p = exp_(vec(row + lane) - base);
+    vec(row + lane) = p;
+    total += p;
+  }
+  const T alpha = exp1(before - base);
+  state.maximum[r] = maximum;
+  state.sum[r] = state.sum[r] * alpha + sum<T>(total);
+  if (alpha == T(1)) return;
+  for (int64_t c = 0; c < state.ld; c += kLanes<T>) vec(state.out + r * state.ld + c) *= alpha;
+}
+
+template <class T>
+void forward_chunk_(const Attention& a, const RowTile& t, int64_t chunk, char* at, char* scratch) {
+  Arena arena{scratch};
+  const QueryTile<T> q(a, t, arena);
+  KeyTile<T> k(arena, a.headdim, false, true);
+  KeyTile<T> v(arena, a.headdim_v, true, a.qv.data != nullptr);
+  T* scores = arena.take<T>(kRowTile * kKeyBlock);
+  const State<T> state(a, at);
+  empty_state_<T>(a, at);
+
+  const int64_t end = least((chunk + 1) * kChunk, q.s.k_len);
+  for (int64_t block = chunk * kChunk; block < end; block += kKeyBlock) {
+    if (!q.sees(block)) continue;
+    const int64_t count = least(kKeyBlock, end - block);
+    k.load(a, a.k, q.s, block, count, t.head_k);
+    v.load(a, a.v, q.s, block, count, t.head_k);
+    q.scores(k, v, scores);
+    for (int64_t r = 0; r < q.rows; ++r) softmax_step(q, r, block, scores, state);
+    product<T>(q.rows, state.ld, count, scores, kKeyBlock, 1, v.rows, v.ld, state.out, state.ld,
+               true, !v.finite());
+  }
+}
+
+template <class T>
+void merge_state_(const Attention& a, const RowTile& t, char* into_, const char* from_) {
+  const State<T> into(a, into_), from(a, const_cast<char*>(from_));
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const T maximum = greater(into.maximum[r], from.maximum[r]);
+    const T base = maximum == -T(kInf) ? T(0) : maximum;
+    const T alpha = exp1(into.maximum[r] - base), beta = exp1(from.maximum[r] - base);
+    into.maximum[r] = maximum;
+    into.sum[r] = into.sum[r] * alpha + from.sum[r] * beta;
+    for (int64_t c = r * into.ld; c < (r + 1) * into.ld; c += kLanes<T>)
+      vec(into.out + c) = vec(into.out + c) * alpha + vec(from.out + c) * beta;
+  }
+}
+
+template <class T>
+void finish_(const Attention& a, const RowTile& t, const char* at) {
+  const State<T> state(a, const_cast<char*>(at));
+  const Sequence& s = a.sequences[t.sequence];
+  const bool fp8 = a.v.dtype == ScalarType::Float8_e4m3fn;
+  const T v_scale = fp8 ? a.v_descale.get(t.sequence, t.head_k, 1) : 1;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const int64_t i = (t.first + r) / a.group();
+    const int64_t head = t.head_k * a.group() + (t.first + r) % a.group();
+    T maximum = state.maximum[r], total = state.sum[r], scale = v_scale;
+    const bool sees_nothing = maximum == -T(kInf) && total == T(0);
+    if (a.sinks.data && !sees_nothing) {  // the sink is one more key, without a value
+      const T sink = a.sinks.get(0, head, 0), base = greater(maximum, sink);
+      const T alpha = exp1(maximum - base);
+      total = total * alpha + exp1(sink - base);
+      scale *= alpha;
+      maximum = base;
+    }
+    scale = sees_nothing ? T(0) : scale / total;
+    store_row<T>(state.out + r * state.ld, scale, a.out.dtype, a.headdim_v,
+                 a.out.at(s.q_batch, s.q_begin + i, head));
+    a.softmax_lse.at(s.q_batch, s.q_begin + i, head) =
+        sees_nothing ? -kInf : float(maximum + std::log(total));
+  }
+}
+
+// ---- backward -------------------------------------------------------------------------------------
+// P = exp(S - LSE) and dS = P (dP - delta), delta = rowsum(dout out) - dLSE, are computed again in both
+// passes, so that each gradient has one owner and no sum depends on a schedule.
+
+template <class T>
+struct GradientTile {
+  QueryTile<T> q;
+  T *dout, *out, *lse, *delta, *p, *ds;
+  int64_t width;
+
+  GradientTile(const Attention& a, const RowTile& t, Arena& arena)
+      : q(a, t, arena), width(padded<T>(a.headdim_v)) {
+    dout = arena.take<T>(kRowTile * width);
+    out = arena.take<T>(width);
+    lse = arena.take<T>(kRowTile);
+    delta = arena.take<T>(kRowTile);
+    p = arena.take<T>(kRowTile * kKeyBlock);
+    ds = arena.take<T>(kRowTile * kKeyBlock);
+  }
+
+  void load_dout() {
+    const Attention& a = q.a;
+    for (int64_t r = 0; r < q.rows; ++r) {
+      const int64_t i = q.s.q_begin + q.position[r], head = q.head(r);
+      T* row = dout + r * width;
+      load_row(a.dout.at(q.s.q_batch, i, head), a.dout.dtype, a.headdim_v, row);
+      load_row(a.out.at(q.s.q_batch, i, head), a.out.dtype, a.headdim_v, out);
+      for (int64_t c = a.headdim_v; c < width; ++c) row[c] = out[c] = T(0);
+      Vec<T> dot{};
+      for (int64_t c = 0; c < width; c += kLanes<T>) dot += vec(row + c) * vec(out + c);
+      lse[r] = a.softmax_lse.at(q.s.q_batch, i, head);
+      delta[r] = sum<T>(dot);
+      if (a.dsoftmax_lse.data) delta[r] -= a.dsoftmax_lse.at(q.s.q_batch, i, head);
+    }
+  }
+
+  // p and ds of the rows against the keys of one block
+  void differentiate(int64_t block, const KeyTile<T>& k, const KeyTile<T>& v) {
+    const Attention& a = q.a;
+    q.scores(k, v, p);
+    product<T>(q.rows, kKeyBlock, a.headdim_v, dout, width, 1, v.transposed, kKeyBlock, ds,
+               kKeyBlock, false, false);
+    for (int64_t r = 0; r < q.rows; ++r) {
+      if (lse[r] == -T(kInf)) {  // the row sees nothing
+        fill<T>(p + r * kKeyBlock, kKeyBlock, T(0));
+        fill<T>(ds + r * kKeyBlock, kKeyBlock, T(0));
+        continue;
+      }
+      for (int64_t lane = 0; lane < kKeyBlock; lane += kLanes<T>) {
+        Vec<T>& p_ = vec(p + r * kKeyBlock + lane);
+        Vec<T>& ds_ = vec(ds + r * kKeyBlock + lane);
+        Vec<T> capped;
+        const Vec<T> x = q.logits(r, block, lane, p_, &capped);
+        p_ = exp_(x - lse[r]);
+        Vec<T> gradient = p_ * (ds_ - delta[r]) * T(a.softmax_scale);
+        if (a.softcap > 0) {
+          capped /= T(a.softcap);
+          gradient *= T(1) - capped * capped;
+        }
+        ds_ = x == -T(kInf) ? Vec<T>{} : gradient;
+      }
+    }
+  }
+};
+
+template <class T>
+void backward_dq_(const Attention& a, const RowTile& t, char* scratch) {
+  Arena arena{scratch};
+  GradientTile<T> g(a, t, arena);
+  g.load_dout();
+  KeyTile<T> k(arena, a.headdim, true, true);
+  KeyTile<T> v(arena, a.headdim_v, false, true);
+  T* dq = arena.take<T>(kRowTile * k.ld);
+  fill<T>(dq, kRowTile * k.ld, T(0));
+  const Sequence& s = g.q.s;
+  for (int64_t block = 0; block < s.k_len; block += kKeyBlock) {
+    if (!g.q.sees(block)) continue;
+    const int64_t count = least(kKeyBlock, s.k_len - block);
+    k.load(a, a.k, s, block, count, t.head_k);
+    v.load(a, a.v, s, block, count, t.head_k);
+    g.differentiate(block, k, v);
+    product<T>(g.q.rows, k.ld, count, g.ds, kKeyBlock, 1, k.rows, k.ld, dq, k.ld, true, !k.finite());
+  }
+  for (int64_t r = 0; r < g.q.rows; ++r)
+    store_row<T>(dq + r * k.ld, 1, a.dq.dtype, a.headdim,
+                 a.dq.at(s.q_batch, s.q_begin + g.q.position[r], g.q.head(r)));
+}
+
+template <class T>
+void backward_dkdv_(const Attention& a, int64_t sequence, int64_t head_k, int64_t block,
+                    char* scratch) {
+  const Sequence& s = a.sequences[sequence];
+  const int64_t all_rows = s.q_len * a.group();
+  const int64_t count = least(kKeyBlock, s.k_len - block);
+  Arena arena{scratch};
+  KeyTile<T> k(arena, a.headdim, false, true);
+  KeyTile<T> v(arena, a.headdim_v, false, true);
+  T* dk = arena.take<T>(kKeyBlock * padded<T>(a.headdim));
+  T* dv = arena.take<T>(kKeyBlock * padded<T>(a.headdim_v));
+  T* q_rows = arena.take<T>(kRowTile * padded<T>(a.headdim));
+  const int64_t dk_ld = padded<T>(a.headdim), dv_ld = padded<T>(a.headdim_v);
+  fill<T>(dk, kKeyBlock * dk_ld, T(0));
+  fill<T>(dv, kKeyBlock * dv_ld, T(0));
+  k.load(a, a.k, s, block, count, head_k);
+  v.load(a, a.v, s, block, count, head_k);
+
+  const Arena tile_arena = arena;
+  for (int64_t first = 0; first < all_rows; first += kRowTile) {
+    const RowTile t{sequence, head_k, first, least(kRowTile, all_rows - first)};
+    const KeyRange keys = visible(a, t);
+    if (keys.begin >= block + kKeyBlock || keys.end <= block) continue;
+    Arena tile = tile_arena;
+    GradientTile<T> g(a, t, tile);
+    g.load_dout();
+    g.differentiate(block, k, v);
+    for (int64_t r = 0; r < t.rows; ++r)
+      for (int64_t c = 0; c < dk_ld; ++c)
+        q_rows[r * dk_ld + c] = c < a.headdim ? g.q.q[r * a.headdim + c] : T(0);
+    product<T>(count, dv_ld, t.rows, g.p, 1, kKeyBlock, g.dout, dv_ld, dv, dv_ld, true,
+               !all_finite(g.dout, t.rows * dv_ld));
+    product<T>(count, dk_ld, t.rows, g.ds, 1, kKeyBlock, q_rows, dk_ld, dk, dk_ld, true,
+               !all_finite(q_rows, t.rows * dk_ld));
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    store_row<T>(dk + j * dk_ld, 1, a.dk.dtype, a.headdim,
+                 a.dk.at(s.k_batch, s.k_begin + block + j, head_k));
+    store_row<T>(dv + j * dv_ld, 1, a.dv.dtype, a.headdim_v,
+                 a.dv.at(s.k_batch, s.k_begin + block + j, head_k));
+  }
+}
+
+// ---- the table ------------------------------------------------------------------------------------
+
+void forward_chunk(const Attention& a, const RowTile& t, int64_t chunk, char* state, char* scratch) {
+  (a.is_double() ? forward_chunk_<double> : forward_chunk_<float>)(a, t, chunk, state, scratch);
+}
+void empty_state(const Attention& a, char* state) {
+  (a.is_double() ? empty_state_<double> : empty_state_<float>)(a, state);
+}
+void merge_state(const Attention& a, const RowTile& t, char* into, const char* from) {
+  (a.is_double() ? merge_state_<double> : merge_state_<float>)(a, t, into, from);
+}
+void finish(const Attention& a, const RowTile& t, const char* state) {
+  (a.is_double() ? finish_<double> : finish_<float>)(a, t, state);
+}
+void backward_dq(const Attention& a, const RowTile& t, char* scratch) {
+  (a.is_double() ? backward_dq_<double> : backward_dq_<float>)(a, t, scratch);
+}
+void backward_dkdv(const Attention& a, int64_t sequence, int64_t head_k, int64_t block,
+                   char* scratch) {
+  (a.is_double() ? backward_dkdv_<double> : backward_dkdv_<float>)(a, sequence, head_k, block,
+                                                                   scratch);
+}
+
+extern const Kernels table;
+const Kernels table = {FA3NPU_NAME,  forward_chunk, empty_state, merge_state,
+                       finish,       backward_dq,   backward_dkdv};

@@ -1,0 +1,15 @@
+#include "cpu/tile_headers.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx2,fma")
+
+namespace fa3npu::avx2 {
+
+#define FA3NPU_NAME "AVX2"
+#define FA3NPU_ROWS 4     // rows and
+#define FA3NPU_VECTORS 1  // vectors of the product's register tile
+#include "cpu/tile.h"
+
+}  // namespace fa3npu::avx2
+
+#endif

@@ -1,0 +1,15 @@
+#include "cpu/tile_headers.h"
+
+#if defined(__x86_64__)
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+
+namespace fa3npu::avx512 {
+
+#define FA3NPU_NAME "AVX512"
+#define FA3NPU_ROWS 6     // rows and
+#define FA3NPU_VECTORS 4  // vectors of the product's register tile
+#include "cpu/tile.h"
+
+}  // namespace fa3npu::avx512
+
+#endif

@@ -1,0 +1,10 @@
+#include "cpu/tile_headers.h"
+
+namespace fa3npu::portable {
+
+#define FA3NPU_NAME "portable"
+#define FA3NPU_ROWS 4     // rows and
+#define FA3NPU_VECTORS 1  // vectors of the product's register tile
+#include "cpu/tile.h"
+
+}  // namespace fa3npu::portable

@@ -1,0 +1,279 @@
+"""Checks of what users pass, from shapes, dtypes and devices: no tensor is read unless it is a small
+CPU tensor in eager mode. What else depends on values is checked by the kernel (see errors.py)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float64)
+MAX_HEADDIM = 512
+
+
+def shape(t: Tensor, expected: Sequence[object], name: str) -> None:
+    """Raises ValueError unless t has the expected shape; a string in it names a free dimension."""
+    if t.dim() == len(expected) and all(
+        isinstance(want, str) or got == want for got, want in zip(t.shape, expected, strict=True)
+    ):
+        return
+    wanted = ", ".join(map(str, expected)) + ("," if len(expected) == 1 else "")
+    raise ValueError(f"{name} must have shape ({wanted}), got {tuple(t.shape)}")
+
+
+def dtype(t: Tensor, expected: torch.dtype, name: str, why: str = "") -> None:
+    if t.dtype != expected:
+        raise TypeError(f"{name} must have dtype {expected}{why}, got {t.dtype}")
+
+
+def lengths(t: Tensor | None, size: object, name: str) -> None:
+    """An optional int32 vector."""
+    if t is None:
+        return
+    dtype(t, torch.int32, name)
+    shape(t, (size,), name)
+
+
+def values(t: Tensor | None) -> list[int] | None:
+    """The values of a CPU tensor, or None where looking would synchronise or is impossible."""
+    if t is None or type(t) is not torch.Tensor or torch.compiler.is_compiling():
+        return None
+    return t.tolist() if t.device.type == "cpu" else None
+
+
+def offsets(t: Tensor | None, total: int, name: str) -> None:
+    """cu_seqlens: not negative, not falling, within the rows they index."""
+    seen = values(t)
+    if not seen:
+        return
+    for i, (begin, end) in enumerate(zip([0, *seen], seen, strict=False)):
+        if begin > end:
+            raise ValueError(
+                f"{name} must not fall, got {begin} followed by {end} at index {i - 1}"
+                if i
+                else f"{name}[0] must not be negative, got {end}"
+            )
+    if seen[-1] > total:
+        raise ValueError(
+            f"{name}[{len(seen) - 1}] must be at most the {total} rows of its tensor, got {seen[-1]}"
+        )
+
+
+def same_device(q: Tensor, **others: Tensor | None) -> None:
+    for name, t in others.items():
+        if t is not None and t.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {t.device}")
+
+
+def softmax(
+    softmax_scale: float | None, window_size: Sequence[int], attention_chunk: int, softcap: float
+) -> None:
+    if softmax_scale is not None and not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+    if len(window_size) != 2:
+        raise ValueError(f"window_size must be (left, right), got {window_size}")
+    if attention_chunk < 0:
+        raise ValueError(f"attention_chunk must be at least 0, got {attention_chunk}")
+    if not (math.isfinite(softcap) and softcap >= 0):
+        raise ValueError(f"softcap must be finite and at least 0, got {softcap}")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    k_name: str = "k",
+    v_name: str = "v",
+    seqused_k_name: str = "seqused_k",
+    qv: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_table: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    window_size: Sequence[int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> int:
+    """What every attention operator asks of its arguments; returns the batch size."""
+    if q.dtype not in DTYPES:
+        names = ", ".join(str(d) for d in DTYPES)
+        raise TypeError(f"q must have one of the dtypes {names}, got {q.dtype}")
+    dtype(k, q.dtype, k_name, " like q")
+    dtype(v, q.dtype, v_name, " like q")
+
+    if cu_seqlens_q is None:
+        shape(q, ("batch_size", "seqlen_q", "nheads", "headdim"), "q")
+        batch_size = q.shape[0]
+    else:
+        shape(q, ("total_q", "nheads", "headdim"), "q")
+        lengths(cu_seqlens_q, "batch_size + 1", "cu_seqlens_q")
+        if max_seqlen_q is None:
+            raise ValueError("max_seqlen_q must be given with cu_seqlens_q, got None")
+        batch_size = cu_seqlens_q.shape[0] - 1
+    nheads, headdim = q.shape[-2], q.shape[-1]
+
+    if cu_seqlens_k is not None:
+        if page_table is not None:
+            raise ValueError("page_table must be None when cu_seqlens_k is given, got a tensor")
+        if max_seqlen_k is None:
+            raise ValueError("max_seqlen_k must be given with cu_seqlens_k, got None")
+        shape(k, ("total_k", "nheads_k", headdim), k_name)
+        shape(v, (k.shape[0], k.shape[1], "headdim_v"), v_name)
+        lengths(cu_seqlens_k, batch_size + 1, "cu_seqlens_k")
+    elif page_table is not None:
+        shape(k, ("num_pages", "page_size", "nheads_k", headdim), k_name)
+        dtype(page_table, torch.int32, "page_table")
+        rows = batch_size if cache_batch_idx is None else "batch_size_cache"
+        shape(page_table, (rows, "max_num_pages_per_seq"), "page_table")
+        shape(v, (*k.shape[:3], "headdim_v"), v_name)
+    else:
+        rows = batch_size if cache_batch_idx is None else "batch_size_cache"
+        shape(k, (rows, "seqlen_k", "nheads_k", headdim), k_name)
+        shape(v, (*k.shape[:3], "headdim_v"), v_name)
+    nheads_k, headdim_v = k.shape[-2], v.shape[-1]
+
+    if nheads_k == 0 or nheads % nheads_k != 0:
+        raise ValueError(
+            f"nheads of q must be a multiple of nheads_k of {k_name}, got {nheads} and {nheads_k}"
+        )
+    for name, d in (("headdim", headdim), ("headdim_v", headdim_v)):
+        if not 1 <= d <= MAX_HEADDIM:
+            raise ValueError(f"{name} must be in [1, {MAX_HEADDIM}], got {d}")
+    if qv is not None:
+        shape(qv, (*q.shape[:-1], headdim_v), "qv")
+        dtype(qv, q.dtype, "qv", " like q")
+
+    lengths(seqused_q, batch_size, "seqused_q")
+    lengths(seqused_k, batch_size, seqused_k_name)
+    lengths(cache_batch_idx, batch_size, "cache_batch_idx")
+    lengths(cache_leftpad, batch_size, "cache_leftpad")
+    if q.dtype == torch.float8_e4m3fn:
+        for name, t in (
+            ("q_descale", q_descale),
+            ("k_descale", k_descale),
+            ("v_descale", v_descale),
+        ):
+            if t is not None:
+                dtype(t, torch.float32, name)
+                shape(t, (batch_size, nheads_k), name)
+    if alibi_slopes is not None:
+        per_batch = (batch_size, nheads) if alibi_slopes.dim() == 2 else (nheads,)
+        shape(alibi_slopes, per_batch, "alibi_slopes")
+        dtype(alibi_slopes, torch.float32, "alibi_slopes")
+    if sinks is not None:
+        shape(sinks, (nheads,), "sinks")
+        if not sinks.is_floating_point():
+            raise TypeError(f"sinks must have a floating-point dtype, got {sinks.dtype}")
+    softmax(softmax_scale, window_size, attention_chunk, softcap)
+    if num_splits < 0:
+        raise ValueError(f"num_splits must be at least 0 (0: chosen for you), got {num_splits}")
+
+    others = {
+        k_name: k,
+        v_name: v,
+        "qv": qv,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "seqused_q": seqused_q,
+        seqused_k_name: seqused_k,
+        "cache_batch_idx": cache_batch_idx,
+        "cache_leftpad": cache_leftpad,
+        "page_table": page_table,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+    }
+    same_device(q, **others)
+    return batch_size
+
+
+def append(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    *,
+    batch_size: int,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_seqlens: Tensor | None,
+    cache_leftpad: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k_new: Tensor | None,
+    rotary_seqlens: Tensor | None,
+) -> None:
+    """What flash_attn_with_kvcache asks of new keys and values and of their rotation."""
+    for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if t.stride(-1) != 1 and t.shape[-1] != 1:
+            raise ValueError(
+                f"{name} must have a contiguous last dimension, got stride {t.stride(-1)}"
+            )
+    if k is None:
+        for name, t in (
+            ("v", v),
+            ("rotary_cos", rotary_cos),
+            ("rotary_sin", rotary_sin),
+            ("cu_seqlens_k_new", cu_seqlens_k_new),
+            ("rotary_seqlens", rotary_seqlens),
+        ):
+            # Serving code passes rotary_seqlens on every call, so alone it is not a mistake.
+            if t is not None and name != "rotary_seqlens":
+                raise ValueError(f"{name} must come with new keys k, got k=None")
+        return
+    if v is None:
+        raise ValueError("v must be given with k, got None")
+    if cache_seqlens is None:
+        raise ValueError("cache_seqlens must be given with k, got None")
+    nheads_k, headdim, headdim_v = k_cache.shape[2], k_cache.shape[3], v_cache.shape[3]
+    if cu_seqlens_k_new is None:
+        shape(k, (batch_size, "seqlen_new", nheads_k, headdim), "k")
+        shape(v, (batch_size, k.shape[1], nheads_k, headdim_v), "v")
+    else:
+        shape(k, ("total_k_new", nheads_k, headdim), "k")
+        shape(v, (k.shape[0], nheads_k, headdim_v), "v")
+        lengths(cu_seqlens_k_new, batch_size + 1, "cu_seqlens_k_new")
+    dtype(k, k_cache.dtype, "k", " like k_cache")
+    dtype(v, v_cache.dtype, "v", " like v_cache")
+    if (rotary_cos is None) != (rotary_sin is None):
+        raise ValueError("rotary_cos and rotary_sin must be given together, got one of them")
+    if rotary_cos is not None and rotary_sin is not None:
+        shape(rotary_cos, ("seqlen_ro", "rotary_dim / 2"), "rotary_cos")
+        shape(rotary_sin, tuple(rotary_cos.shape), "rotary_sin")
+        dtype(rotary_cos, q.dtype, "rotary_cos", " like q")
+        dtype(rotary_sin, q.dtype, "rotary_sin", " like q")
+        if rotary_cos.shape[1] * 2 > headdim:
+            raise ValueError(
+                f"rotary_dim must be at most headdim, {headdim}, got {rotary_cos.shape[1] * 2}"
+            )
+    lengths(rotary_seqlens, batch_size, "rotary_seqlens")
+    same_device(
+        q,
+        k=k,
+        v=v,
+        cu_seqlens_k_new=cu_seqlens_k_new,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        rotary_seqlens=rotary_seqlens,
+    )
+    # The append checks the rest before it writes; these two are only read after it, by the attention.
+    offsets(cu_seqlens_q, q.shape[0], "cu_seqlens_q")
+    pads, seqlens = values(cache_leftpad), values(cache_seqlens)
+    if pads is not None and seqlens is not None:
+        for b, (pad, seqlen) in enumerate(zip(pads, seqlens, strict=True)):
+            if not 0 <= pad <= seqlen:
+                raise ValueError(f"cache_leftpad[{b}] must be in [0, {seqlen}], got {pad}")

@@ -1,0 +1,166 @@
+"""flash_attn_with_kvcache: append, rotate, attend.
+
+The body is Python (CompositeImplicitAutograd), so that symbolic sizes pass through it. Under a
+compiler it is gone after decomposition: what is left is one operator that writes the cache and one
+pure operator that reads it, whose order the schemas declare.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fa3_ops import checks
+from fa3_ops.errors import as_value_errors
+
+ops = torch.ops.fa3npu
+
+
+def _append(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    qv: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: Tensor | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Any, ...]:
+    """Checks, appends and rotates; returns the arguments of flash_attn_kvcache."""
+    batch_size = checks.attention(
+        q,
+        k_cache,
+        v_cache,
+        k_name="k_cache",
+        v_name="v_cache",
+        seqused_k_name="cache_seqlens",
+        qv=qv,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
+        seqused_k=cache_seqlens,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        page_table=page_table,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        softmax_scale=softmax_scale,
+        window_size=window_size,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        num_splits=num_splits,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
+    checks.append(
+        q,
+        k_cache,
+        v_cache,
+        k,
+        v,
+        batch_size=batch_size,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        cache_seqlens=cache_seqlens,
+        cache_leftpad=cache_leftpad,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k_new=cu_seqlens_k_new,
+        rotary_seqlens=rotary_seqlens,
+    )
+    if k is not None and cache_seqlens is not None:
+        if rotary_cos is not None:
+            first = cache_seqlens if rotary_seqlens is None else rotary_seqlens
+            # Without a causal or local mask all rows of q count as the first new position.
+            advance = causal or tuple(window_size) != (-1, -1) or attention_chunk > 0
+            q = ops.apply_rotary(
+                q, rotary_cos, rotary_sin, first, cu_seqlens_q, rotary_interleaved, advance
+            )
+        ops.kvcache_append_(
+            k,
+            v,
+            k_cache,
+            v_cache,
+            cache_seqlens,
+            cache_batch_idx,
+            page_table,
+            cu_seqlens_k_new,
+            rotary_cos,
+            rotary_sin,
+            rotary_seqlens,
+            rotary_interleaved,
+        )
+        cache_seqlens = cache_seqlens + (
+            k.shape[1] if cu_seqlens_k_new is None else cu_seqlens_k_new.diff()
+        )
+    return (
+        q,
+        k_cache,
+        v_cache,
+        qv,
+        cache_seqlens,
+        cache_batch_idx,
+        cache_leftpad,
+        page_table,
+        cu_seqlens_q,
+        max_seqlen_q,
+        None,  # seqused_q
+        q_descale,
+        k_descale,
+        v_descale,
+        softmax_scale,
+        causal,
+        window_size,
+        attention_chunk,
+        softcap,
+        scheduler_metadata,
+        num_splits,
+        pack_gqa,
+        sm_margin,
+        alibi_slopes,
+        sinks,
+    )
+
+
+@as_value_errors
+def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    out, softmax_lse = ops.flash_attn_kvcache(*_append(*args, **kwargs))
+    return out, softmax_lse
+
+
+@as_value_errors
+def flash_attn_with_kvcache_out(*args: Any, out: Tensor, **kwargs: Any) -> Tensor:
+    softmax_lse: Tensor = ops.flash_attn_kvcache.out(*_append(*args, **kwargs), out=out)
+    return softmax_lse
+
+
+_library = torch.library.Library("fa3npu", "IMPL")
+for _name, _body in (
+    ("flash_attn_with_kvcache", flash_attn_with_kvcache),
+    ("flash_attn_with_kvcache.out", flash_attn_with_kvcache_out),
+):
+    _library.impl(_name, _body, "CompositeImplicitAutograd")

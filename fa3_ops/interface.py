@@ -1,0 +1,452 @@
+"""FlashAttention-3's Python interface over torch.ops.fa3npu.
+
+Names, order, defaults and return values are those of `flash_attn_interface.py` in the `hopper` folder
+of the flash-attention repository; behind FlashAttention-3's arguments stand the ones that serving code
+passes besides: `block_table` for `page_table`, `s_aux` for `sinks`, `out`.
+
+Dtypes: float32, float16, bfloat16, float64, and float8_e4m3fn (result in bfloat16). Lengths and
+offsets are int32 tensors on the device of q. `pack_gqa`, `sm_margin`, `num_splits`,
+`scheduler_metadata` and `deterministic` are schedules: they never change a number.
+
+Shapes: nheads must be a multiple of nheads_k; query head h reads head h * nheads_k // nheads.
+Every function raises ValueError for shapes and values and TypeError for dtypes, naming the argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from fa3_ops import checks
+from fa3_ops.errors import as_value_errors
+
+ops = torch.ops.fa3npu
+
+Window: TypeAlias = Sequence[int] | Tensor
+
+
+def _window(window_size: Window) -> tuple[int, ...]:
+    """A tuple, list or tensor as the tuple that the operators take."""
+    return tuple(int(side) for side in window_size)
+
+
+def _alias(name: str, value: Tensor | None, alias: str, other: Tensor | None) -> Tensor | None:
+    if value is not None and other is not None:
+        raise ValueError(f"{name} and {alias} are the same argument: give one of them, got both")
+    return other if value is None else value
+
+
+@as_value_errors
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+    *,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of dense batches, differentiable in q, k, v and sinks.
+
+    Arguments:
+        q: (batch_size, seqlen_q, nheads, headdim), headdim from 1 to 512.
+        k: (batch_size, seqlen_k, nheads_k, headdim).
+        v: (batch_size, seqlen_k, nheads_k, headdim_v).
+        softmax_scale: factor of q k^T; by default 1 / sqrt(headdim), with qv
+            1 / sqrt(headdim + headdim_v).
+        causal: query i sees key j if j <= i + seqlen_k - seqlen_q (aligned bottom right).
+        qv: (batch_size, seqlen_q, nheads, headdim_v); adds qv v^T to the scores (MLA). No backward.
+        q_descale, k_descale, v_descale: (batch_size, nheads_k) float32, factors of FP8 inputs;
+            ignored for other dtypes.
+        window_size: (left, right); query i sees keys from i + seqlen_k - seqlen_q - left to
+            i + seqlen_k - seqlen_q + right, both inclusive; -1 means no limit.
+        attention_chunk: if positive, a query sees only keys of its own chunk of that many positions.
+        softcap: if positive, scores become softcap * tanh(scores / softcap).
+        return_attn_probs: also return softmax_lse.
+        alibi_slopes: (nheads,) or (batch_size, nheads) float32; adds
+            -slope * |i + seqlen_k - seqlen_q - j| to the scores.
+        sinks (alias s_aux): (nheads,); a score that each row's softmax counts, without a value.
+
+    Returns:
+        out: (batch_size, seqlen_q, nheads, headdim_v) in q's dtype (bfloat16 for FP8); 0 where a row
+            sees no key.
+        softmax_lse: (batch_size, nheads, seqlen_q) float32, natural log, the sink included; -inf
+            where a row sees no key.
+    """
+    sinks = _alias("sinks", sinks, "s_aux", s_aux)
+    window = _window(window_size)
+    checks.attention(
+        q,
+        k,
+        v,
+        qv=qv,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        softmax_scale=softmax_scale,
+        window_size=window,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        num_splits=num_splits,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
+    out, softmax_lse = ops.flash_attn_func(
+        q,
+        k,
+        v,
+        softmax_scale,
+        causal,
+        qv,
+        q_descale,
+        k_descale,
+        v_descale,
+        window,
+        attention_chunk,
+        softcap,
+        num_splits,
+        pack_gqa,
+        deterministic,
+        sm_margin,
+        alibi_slopes,
+        sinks,
+    )
+    return (out, softmax_lse) if return_attn_probs else out
+
+
+@as_value_errors
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+    *,
+    page_table: Tensor | None = None,
+    block_table: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    out: Tensor | None = None,
+    scheduler_metadata: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of packed sequences, differentiable in q, k, v and sinks.
+
+    Arguments (the others as in flash_attn_func):
+        q: (total_q, nheads, headdim), sequence b in rows cu_seqlens_q[b] to cu_seqlens_q[b + 1].
+        k, v: (total_k, nheads_k, headdim), (total_k, nheads_k, headdim_v).
+        cu_seqlens_q, cu_seqlens_k: (batch_size + 1,) int32, not falling. Without one of them that
+            side is dense, as in flash_attn_func.
+        max_seqlen_q, max_seqlen_k: upper bounds of the lengths; needed with cu_seqlens.
+        seqused_q, seqused_k: (batch_size,) int32; how many rows of each sequence count, from its
+            start. Rows of q that do not count give 0 and -inf.
+        page_table (alias block_table): (batch_size, max_num_pages_per_seq) int32; k and v are then
+            a paged cache, (num_pages, page_size, nheads_k, ...), cu_seqlens_k must be None and
+            lengths come as seqused_k. No backward.
+        out: the result is written there.
+
+    Returns:
+        out: (total_q, nheads, headdim_v).
+        softmax_lse: (nheads, total_q) float32; with return_attn_probs.
+    """
+    sinks = _alias("sinks", sinks, "s_aux", s_aux)
+    page_table = _alias("page_table", page_table, "block_table", block_table)
+    window = _window(window_size)
+    checks.attention(
+        q,
+        k,
+        v,
+        qv=qv,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=max_seqlen_q,
+        max_seqlen_k=max_seqlen_k,
+        seqused_q=seqused_q,
+        seqused_k=seqused_k,
+        page_table=page_table,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        softmax_scale=softmax_scale,
+        window_size=window,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        num_splits=num_splits,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+    )
+    arguments: tuple[object, ...]
+    if page_table is not None:
+        op = ops.flash_attn_kvcache
+        arguments = (
+            *(q, k, v, qv, seqused_k, None, None, page_table, cu_seqlens_q, max_seqlen_q, seqused_q),
+            *(q_descale, k_descale, v_descale, softmax_scale, causal, window, attention_chunk),
+            *(softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, alibi_slopes, sinks),
+        )
+    else:
+        op = ops.flash_attn_varlen_func
+        arguments = (
+            *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k),
+            *(softmax_scale, causal, qv, q_descale, k_descale, v_descale, window, attention_chunk),
+            *(softcap, num_splits, pack_gqa, deterministic, sm_margin, alibi_slopes, sinks),
+        )
+    if out is None:
+        out, softmax_lse = op(*arguments)
+    else:
+        softmax_lse = op.out(*arguments, out=out)
+    return (out, softmax_lse) if return_attn_probs else out
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    num_heads_q: int | None = None,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """flash_attn_func of one tensor: qkv is (batch_size, seqlen, 3, nheads, headdim), or
+    (batch_size, seqlen, num_heads_q + 2 * nheads_k, headdim) with num_heads_q given."""
+    if qkv.dim() == 5:
+        checks.shape(qkv, ("batch_size", "seqlen", 3, "nheads", "headdim"), "qkv")
+        q, k, v = qkv.unbind(dim=-3)
+    else:
+        checks.shape(qkv, ("batch_size", "seqlen", "num_heads_q + 2 * nheads_k", "headdim"), "qkv")
+        if num_heads_q is None:
+            raise ValueError("num_heads_q must be given for a 4-dimensional qkv, got None")
+        nheads_k, rest = divmod(qkv.shape[2] - num_heads_q, 2)
+        if rest or nheads_k <= 0:
+            raise ValueError(
+                f"num_heads_q must leave an even number of heads for k and v, got {num_heads_q} "
+                f"of {qkv.shape[2]}"
+            )
+        q, k, v = qkv.split([num_heads_q, nheads_k, nheads_k], dim=-2)
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        softmax_scale,
+        causal,
+        None,
+        q_descale,
+        k_descale,
+        v_descale,
+        window_size,
+        attention_chunk,
+        softcap,
+        deterministic=deterministic,
+        sm_margin=sm_margin,
+        return_attn_probs=return_attn_probs,
+    )
+
+
+@as_value_errors
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    qv: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_table: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    rotary_seqlens: Tensor | None = None,
+    q_descale: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    scheduler_metadata: Tensor | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    block_table: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Appends k and v to a KV cache in place, then attends to the cache. Has no backward.
+
+    Arguments (the masks and factors as in flash_attn_func):
+        q: (batch_size, seqlen_q, nheads, headdim), or packed (total_q, nheads, headdim) with
+            cu_seqlens_q and max_seqlen_q.
+        k_cache: (batch_size_cache, seqlen_cache, nheads_k, headdim), or paged
+            (num_pages, page_size, nheads_k, headdim) with page_table; any page_size from 1, any
+            strides but of the last dimension, which is contiguous.
+        v_cache: likewise with headdim_v.
+        k, v: (batch_size, seqlen_new, nheads_k, ...), or packed with cu_seqlens_k_new; written at
+            positions cache_seqlens[b] and on. Masks then count the lengths after the append.
+        qv: like q with headdim_v.
+        rotary_cos, rotary_sin: (seqlen_ro, rotary_dim / 2), q's dtype; only with k. New keys are
+            rotated at cache_seqlens[b], cache_seqlens[b] + 1, ... (left padding counted), and so is
+            q if causal, windowed or chunked; else every row of q at cache_seqlens[b].
+        rotary_interleaved: pairs are dimensions (0, 1), (2, 3), ..., else (0, rotary_dim / 2), ...
+        rotary_seqlens: (batch_size,) int32, the first position instead of cache_seqlens.
+        cache_seqlens: int, or (batch_size,) int32: valid keys in the cache before the append,
+            counted from the cache's start; by default all.
+        cache_batch_idx: (batch_size,) int32, row of the cache (or of page_table) of each sequence.
+        cache_leftpad: (batch_size,) int32, keys at the start of the cache that do not count.
+        page_table (alias block_table): (batch_size, max_num_pages_per_seq) int32; entries past a
+            sequence's last page are not read.
+        out: the result is written there.
+
+    Returns:
+        out: like q with headdim_v.
+        softmax_lse: (batch_size, nheads, seqlen_q), or (nheads, total_q) for packed q; with
+            return_softmax_lse.
+    """
+    page_table = _alias("page_table", page_table, "block_table", block_table)
+    sinks = _alias("sinks", sinks, "s_aux", s_aux)
+    if isinstance(cache_seqlens, int):
+        batch_size = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        cache_seqlens = torch.full(
+            (batch_size,), cache_seqlens, dtype=torch.int32, device=k_cache.device
+        )
+    arguments = (
+        *(q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx),
+        *(cache_leftpad, page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, rotary_seqlens),
+        *(q_descale, k_descale, v_descale, softmax_scale, causal, _window(window_size)),
+        *(attention_chunk, softcap, rotary_interleaved, scheduler_metadata, num_splits, pack_gqa),
+        *(sm_margin, alibi_slopes, sinks),
+    )
+    if out is None:
+        out, softmax_lse = ops.flash_attn_with_kvcache(*arguments)
+    else:
+        softmax_lse = ops.flash_attn_with_kvcache.out(*arguments, out=out)
+    return (out, softmax_lse) if return_softmax_lse else out
+
+
+@as_value_errors
+def flash_attn_combine(
+    out_partial: Tensor,
+    lse_partial: Tensor,
+    out: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Merges partial results over disjoint keys.
+
+    Arguments:
+        out_partial: (num_splits, batch_size, seqlen, nheads, headdim) float32, or
+            (num_splits, total_q, nheads, headdim).
+        lse_partial: (num_splits, batch_size, seqlen, nheads) float32, or
+            (num_splits, total_q, nheads); -inf (or +inf) where a part saw no key.
+        out: the result is written there.
+        out_dtype: float32 (default), float16 or bfloat16.
+
+    Returns:
+        out: out_partial's shape without num_splits; softmax_lse: lse_partial's, likewise.
+    """
+    dims = ("num_splits", "batch_size", "seqlen", "nheads", "headdim")
+    if out_partial.dim() == 4:
+        dims = ("num_splits", "total_q", "nheads", "headdim")
+    checks.shape(out_partial, dims, "out_partial")
+    checks.shape(lse_partial, tuple(out_partial.shape[:-1]), "lse_partial")
+    checks.dtype(out_partial, torch.float32, "out_partial")
+    checks.dtype(lse_partial, torch.float32, "lse_partial")
+    checks.same_device(out_partial, lse_partial=lse_partial)
+    if out_dtype is None and out is not None:
+        out_dtype = out.dtype
+    if out_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"out_dtype must be torch.float32, torch.float16 or torch.bfloat16, got {out_dtype}"
+        )
+    merged, softmax_lse = ops.flash_attn_combine(out_partial, lse_partial, out_dtype)
+    if out is None:
+        return merged, softmax_lse
+    checks.shape(out, tuple(merged.shape), "out")
+    checks.dtype(out, merged.dtype, "out")
+    return out.copy_(merged), softmax_lse
+
+
+@as_value_errors
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    headdim: int,
+    cache_seqlens: Tensor,
+    qkv_dtype: torch.dtype = torch.bfloat16,
+    headdim_v: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_size: int | None = None,
+    max_seqlen_k_new: int = 0,
+    causal: bool = False,
+    window_size: Window = (-1, -1),
+    attention_chunk: int = 0,
+    has_softcap: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+) -> Tensor:
+    """The schedule of a later call of flash_attn_with_kvcache, as an int32 tensor whose size depends
+    on the batch size alone, from lengths that stay on the device. It never changes a number."""
+    checks.lengths(cache_seqlens, batch_size, "cache_seqlens")
+    checks.lengths(cu_seqlens_k_new, batch_size + 1, "cu_seqlens_k_new")
+    checks.lengths(cache_leftpad, batch_size, "cache_leftpad")
+    metadata: Tensor = ops.get_scheduler_metadata(
+        *(batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim),
+        *(cache_seqlens, qkv_dtype, headdim_v, cu_seqlens_q, cu_seqlens_k_new, cache_leftpad),
+        *(page_size, max_seqlen_k_new, causal, _window(window_size), attention_chunk, has_softcap),
+        *(num_splits, pack_gqa, sm_margin),
+    )
+    return metadata

@@ -74,6 +74,7 @@ Lengths::Lengths(const Tensor& t, int64_t size, const char* name) {
   check_shape(t, {size}, name);
   data = t.const_data_ptr<int32_t>();
   stride = t.stride(0);
+  given = true;
 }
 
 void check_segment(const Lengths& cu_seqlens, int64_t b, int64_t total, const char* name) {

@@ -25,12 +25,13 @@ std::string shape_of(const Tensor& t);
 struct Lengths {
   const int32_t* data = nullptr;
   int64_t stride = 0;
+  bool given = false;  // an empty tensor is given, though its data may be null
 
   Lengths() = default;
   Lengths(const Tensor& t, int64_t size, const char* name);
   Lengths(const MaybeTensor& t, int64_t size, const char* name)
       : Lengths(t ? Lengths(*t, size, name) : Lengths()) {}
-  explicit operator bool() const { return data != nullptr; }
+  explicit operator bool() const { return given; }
   int64_t operator[](int64_t i) const { return data[i * stride]; }
 };
 

@@ -1,0 +1,224 @@
+"""Random calls for hypothesis: any combination of features, odd sizes, strided and poisoned memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from sample_inputs import rotary
+from torch import Tensor
+
+FORWARD_DTYPES = (
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float64,
+    torch.float8_e4m3fn,
+)
+SIZES = st.integers(1, 40)
+# Rounded once from float32: half an ulp of the result, plus float32's own error.
+RELATIVE = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-6,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-8,
+    torch.float8_e4m3fn: 2.0**-8,
+}
+
+
+def assert_exact(got: Tensor, want: Tensor, dtype: torch.dtype, slack: float = 3e-5) -> None:
+    """Within one rounding of the float64 result; `slack` is the absolute part."""
+    assert got.shape == want.shape
+    assert not got.isnan().any()
+    torch.testing.assert_close(got.double(), want, rtol=RELATIVE[dtype], atol=slack)
+
+
+def tensor(draw: Any, shape: tuple[int, ...], dtype: torch.dtype, any_last: bool = True) -> Tensor:
+    """A random tensor, as a view of something larger; the last stride is 1 unless any_last."""
+    layout = draw(st.sampled_from(["contiguous", "padded", "heads first", "last strided"]))
+    if layout == "padded":
+        wide = torch.full((*shape[:-2], shape[-2] + 1, shape[-1] + 3), float("nan"))
+        wide = wide.to(dtype)
+        t = wide[..., 1:, 1 : shape[-1] + 1]
+    elif layout == "heads first":
+        heads_first = (*shape[:-3], shape[-2], shape[-3], shape[-1])
+        t = torch.empty(heads_first, dtype=dtype).transpose(-3, -2)
+    elif layout == "last strided" and any_last:
+        t = torch.empty((*shape[:-1], 2 * shape[-1]), dtype=dtype)[..., ::2]
+    else:
+        t = torch.empty(shape, dtype=dtype)
+    return t.copy_(torch.randn(shape))
+
+
+def lengths(draw: Any, batch: int, most: int) -> Tensor:
+    """int32 lengths, now and then strided."""
+    values = draw(st.lists(st.integers(0, most), min_size=batch, max_size=batch))
+    if draw(st.booleans()):
+        return torch.tensor(values, dtype=torch.int32)
+    return torch.tensor([x for v in values for x in (v, -1)], dtype=torch.int32)[::2]
+
+
+def cumulative(seqlens: Tensor, first: int = 0) -> Tensor:
+    return torch.cat([torch.tensor([first]), first + seqlens.cumsum(0)]).to(torch.int32)
+
+
+def masks(draw: Any) -> dict[str, Any]:
+    side = st.integers(-1, 45)
+    return {
+        "causal": draw(st.booleans()),
+        "window_size": draw(st.one_of(st.just((-1, -1)), st.tuples(side, side))),
+        "attention_chunk": draw(st.one_of(st.just(0), st.integers(1, 50))),
+        "softcap": draw(st.sampled_from([0.0, 0.0, 1.5, 30.0])),
+        "softmax_scale": draw(st.sampled_from([None, None, 0.37, -0.2])),
+    }
+
+
+def extras(draw: Any, batch: int, heads: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+    nheads, nheads_k = heads
+    chosen: dict[str, Any] = {}
+    kind = draw(st.sampled_from(["none", "(h,)", "(b, h)"]))
+    if kind != "none":
+        shape = (nheads,) if kind == "(h,)" else (batch, nheads)
+        chosen["alibi_slopes"] = torch.rand(shape)
+    if draw(st.booleans()):
+        chosen["sinks"] = torch.randn(nheads).to(draw(st.sampled_from([torch.float32, dtype])))
+        if dtype == torch.float8_e4m3fn:
+            chosen["sinks"] = chosen["sinks"].to(torch.bfloat16)
+    # Serving code passes descales whatever the dtype is; they count for FP8 alone.
+    for name in ("q_descale", "k_descale", "v_descale"):
+        if draw(st.booleans()):
+            chosen[name] = 0.5 + torch.rand(1, nheads_k).expand(batch, nheads_k)
+    return chosen
+
+
+def heads(draw: Any) -> tuple[int, int]:
+    nheads_k = draw(st.integers(1, 3))
+    return nheads_k * draw(st.sampled_from([1, 2, 3, 7])), nheads_k
+
+
+@st.composite
+def dense_calls(draw: Any, dtypes: tuple[torch.dtype, ...] = FORWARD_DTYPES) -> dict[str, Any]:
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    dtype = draw(st.sampled_from(dtypes))
+    batch, seqlen_q, seqlen_k = draw(st.integers(0, 3)), draw(st.integers(0, 40)), draw(SIZES)
+    (nheads, nheads_k), d, dv = heads(draw), draw(SIZES), draw(SIZES)
+    call = {
+        "q": tensor(draw, (batch, seqlen_q, nheads, d), dtype),
+        "k": tensor(draw, (batch, seqlen_k, nheads_k, d), dtype),
+        "v": tensor(draw, (batch, seqlen_k, nheads_k, dv), dtype),
+        **masks(draw),
+        **extras(draw, batch, (nheads, nheads_k), dtype),
+    }
+    if draw(st.booleans()):
+        call["qv"] = tensor(draw, (batch, seqlen_q, nheads, dv), dtype)
+    return call
+
+
+@st.composite
+def varlen_calls(draw: Any, dtypes: tuple[torch.dtype, ...] = FORWARD_DTYPES) -> dict[str, Any]:
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    dtype, batch = draw(st.sampled_from(dtypes)), draw(st.integers(0, 4))
+    (nheads, nheads_k), d, dv = heads(draw), draw(SIZES), draw(SIZES)
+    seqlens_q, seqlens_k = lengths(draw, batch, 40), lengths(draw, batch, 70)
+    # A serving engine passes a slice: the first offset need not be 0, the last not the end.
+    cu_seqlens_q = cumulative(seqlens_q, draw(st.integers(0, 2)))
+    cu_seqlens_k = cumulative(seqlens_k, draw(st.integers(0, 2)))
+    total_q = int(cu_seqlens_q[-1]) + draw(st.integers(0, 2))
+    total_k = int(cu_seqlens_k[-1]) + draw(st.integers(0, 2))
+    call = {
+        "q": tensor(draw, (total_q, nheads, d), dtype),
+        "k": tensor(draw, (total_k, nheads_k, d), dtype),
+        "v": tensor(draw, (total_k, nheads_k, dv), dtype),
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        **masks(draw),
+        **extras(draw, batch, (nheads, nheads_k), dtype),
+    }
+    if draw(st.booleans()):
+        call["qv"] = tensor(draw, (total_q, nheads, dv), dtype)
+    if draw(st.booleans()):
+        call["seqused_q"] = (torch.rand(batch) * (seqlens_q + 1)).int()
+    if draw(st.booleans()):
+        call["seqused_k"] = (torch.rand(batch) * (seqlens_k + 1)).int()
+    return call
+
+
+@st.composite
+def kvcache_calls(draw: Any) -> dict[str, Any]:
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    dtype, batch = draw(st.sampled_from(FORWARD_DTYPES)), draw(st.integers(0, 4))
+    (nheads, nheads_k), d, dv = heads(draw), draw(SIZES), draw(SIZES)
+    capacity = draw(st.integers(1, 90))
+    entries = batch + draw(st.integers(0, 2))
+    call: dict[str, Any] = {**masks(draw), **extras(draw, batch, (nheads, nheads_k), dtype)}
+
+    if entries > batch or draw(st.booleans()):
+        call["cache_batch_idx"] = torch.randperm(entries)[:batch].int()
+    if draw(st.booleans()):
+        page_size = draw(st.integers(1, 20))
+        per_row = -(-capacity // page_size)
+        capacity = per_row * page_size
+        pages = entries * per_row + draw(st.integers(0, 3))
+        table = torch.full((entries, per_row + 2), -1, dtype=torch.int32)  # a strided table
+        table[:, :per_row] = torch.randperm(pages)[: entries * per_row].view(entries, per_row)
+        call["page_table"] = table[:, :per_row]
+        rows = (pages, page_size)
+    else:
+        rows = (entries, capacity)
+    k_cache = tensor(draw, (*rows, nheads_k, d), dtype, any_last=False)
+    v_cache = tensor(draw, (*rows, nheads_k, dv), dtype, any_last=False)
+
+    new_lengths = torch.zeros(batch, dtype=torch.int32)
+    if draw(st.booleans()):  # append
+        if draw(st.booleans()):
+            new_lengths = lengths(draw, batch, capacity)
+            call["cu_seqlens_k_new"] = cumulative(new_lengths)
+            new: tuple[int, ...] = (int(new_lengths.sum()),)
+        else:
+            new = (batch, draw(st.integers(0, capacity)))
+            new_lengths = torch.full((batch,), new[1], dtype=torch.int32)
+        call["k"] = tensor(draw, (*new, nheads_k, d), dtype)
+        call["v"] = tensor(draw, (*new, nheads_k, dv), dtype)
+    cache_seqlens = (torch.rand(batch) * (capacity - new_lengths + 1)).int()
+    call["cache_seqlens"] = cache_seqlens
+    if draw(st.booleans()):
+        call["cache_leftpad"] = (torch.rand(batch) * (cache_seqlens + 1)).int()
+
+    seqlen_q = draw(st.integers(0, 20))
+    if draw(st.booleans()):
+        seqlens_q = lengths(draw, batch, seqlen_q)
+        call["cu_seqlens_q"] = cumulative(seqlens_q)
+        call["max_seqlen_q"] = seqlen_q + draw(st.integers(0, 5))
+        q_rows: tuple[int, ...] = (int(call["cu_seqlens_q"][-1]),)
+    else:
+        q_rows = (batch, seqlen_q)
+    call["q"] = tensor(draw, (*q_rows, nheads, d), dtype)
+    if draw(st.booleans()):
+        call["qv"] = tensor(draw, (*q_rows, nheads, dv), dtype)
+
+    if "k" in call and d >= 2 and draw(st.booleans()):
+        rotary_dim = 2 * draw(st.integers(1, d // 2))
+        positions = capacity + 20 + 90
+        call["rotary_cos"], call["rotary_sin"] = rotary(positions, rotary_dim, dtype)
+        call["rotary_interleaved"] = draw(st.booleans())
+        if draw(st.booleans()):
+            call["rotary_seqlens"] = lengths(draw, batch, 20)
+
+    # What no sequence owns is NaN: it must reach nothing.
+    owned_k = torch.zeros(rows, dtype=torch.bool)
+    for b in range(batch):
+        entry = int(call["cache_batch_idx"][b]) if "cache_batch_idx" in call else b
+        first = int(call["cache_leftpad"][b]) if "cache_leftpad" in call else 0
+        at = torch.arange(first, int(cache_seqlens[b]))
+        if "page_table" in call:
+            owned_k[call["page_table"][entry].long()[at // rows[1]], at % rows[1]] = True
+        else:
+            owned_k[entry, at] = True
+    call["k_cache"] = k_cache.copy_(poison(k_cache, owned_k))
+    call["v_cache"] = v_cache.copy_(poison(v_cache, owned_k))
+    return call
+
+
+def poison(cache: Tensor, owned: Tensor) -> Tensor:
+    return torch.where(owned[..., None, None], cache.float(), float("nan")).to(cache.dtype)

@@ -1,0 +1,452 @@
+"""Each operator against the float64 reference, one class an operator."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sample_inputs import ints, rand, rotary
+from strategies import (
+    FORWARD_DTYPES,
+    assert_exact,
+    dense_calls,
+    kvcache_calls,
+    tensor,
+    varlen_calls,
+)
+from torch import Tensor
+
+import fa3_ops
+from fa3_ops import reference
+
+ops = torch.ops.fa3npu
+examples = settings(max_examples=100, deadline=None, print_blob=True)
+
+
+def assert_lse(got: Tensor, want: Tensor, slack: float = 3e-5) -> None:
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=slack)
+
+
+def assert_same_bits(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=0, equal_nan=True)
+
+
+class TestFlashAttnFunc:
+    @examples
+    @given(dense_calls())
+    def test_random_calls(self, call: dict[str, Any]) -> None:
+        out, lse = fa3_ops.flash_attn_func(**call, return_attn_probs=True)
+        want_out, want_lse = reference.batched(**call)
+        assert_exact(out, want_out, call["q"].dtype)
+        assert_lse(lse, want_lse)
+
+    @pytest.mark.parametrize("dtype", FORWARD_DTYPES, ids=str)
+    @pytest.mark.parametrize(("d", "dv"), [(1, 512), (512, 1), (192, 128), (512, 512), (33, 257)])
+    def test_head_dims(self, dtype: torch.dtype, d: int, dv: int) -> None:
+        q, k, v = rand(1, 9, 4, d), rand(1, 70, 2, d), rand(1, 70, 2, dv)
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        out, lse = ops.flash_attn_func(q, k, v, causal=True)
+        want_out, want_lse = reference.batched(q, k, v, causal=True)
+        assert_exact(out, want_out, dtype)
+        assert_lse(lse, want_lse)
+
+    @pytest.mark.parametrize("seqlen_k", [63, 64, 65, 1023, 1024, 1025, 2500])
+    def test_lengths_around_blocks_and_chunks(self, seqlen_k: int) -> None:
+        q, k, v = rand(1, 130, 3, 40), rand(1, seqlen_k, 1, 40), rand(1, seqlen_k, 1, 40)
+        for masks in ({}, {"causal": True}, {"window_size": (1100, 3)}, {"attention_chunk": 1000}):
+            out, lse = ops.flash_attn_func(q, k, v, **masks)
+            want_out, want_lse = reference.batched(q, k, v, **masks)
+            assert_exact(out, want_out, q.dtype)
+            assert_lse(lse, want_lse)
+
+    def test_large_scores_do_not_overflow(self) -> None:
+        q, k, v = 300 * rand(1, 5, 2, 64), 300 * rand(1, 200, 2, 64), rand(1, 200, 2, 64)
+        out, lse = ops.flash_attn_func(q, k, v)
+        want_out, want_lse = reference.batched(q, k, v)
+        torch.testing.assert_close(out.double(), want_out, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(lse.double(), want_lse, rtol=1e-6, atol=0)
+
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    @pytest.mark.parametrize("where", ["k", "v"])
+    def test_unseen_nan_reaches_no_row(self, bad: float, where: str) -> None:
+        q, k, v = rand(1, 90, 2, 16), rand(1, 90, 2, 16), rand(1, 90, 2, 16)
+        clean, lse = ops.flash_attn_func(q, k, v, causal=True)
+        (k if where == "k" else v)[:, 50:] = bad
+        out, dirty_lse = ops.flash_attn_func(q, k, v, causal=True)
+        assert torch.equal(out[:, :50], clean[:, :50])
+        assert torch.equal(dirty_lse[:, :, :50], lse[:, :, :50])
+        if math.isnan(bad):
+            assert out[:, 50:].isnan().all()  # the rows that do see it say so
+
+    def test_nan_in_q_stays_in_its_row(self) -> None:
+        q, k, v = rand(1, 70, 2, 16), rand(1, 70, 2, 16), rand(1, 70, 2, 16)
+        clean, _ = ops.flash_attn_func(q, k, v)
+        q[:, 3, 1] = math.nan
+        out, lse = ops.flash_attn_func(q, k, v)
+        assert out[:, 3, 1].isnan().all()
+        assert lse[:, 1, 3].isnan().all()
+        out[:, 3, 1] = clean[:, 3, 1]
+        assert torch.equal(out, clean)
+
+    def test_qkvpacked(self) -> None:
+        qkv = rand(2, 9, 3, 4, 16)
+        want = fa3_ops.flash_attn_func(*qkv.unbind(2), causal=True)
+        assert torch.equal(fa3_ops.flash_attn_qkvpacked_func(qkv, causal=True), want)
+        grouped = rand(2, 9, 8, 16)
+        want = fa3_ops.flash_attn_func(*grouped.split([4, 2, 2], 2))
+        assert torch.equal(fa3_ops.flash_attn_qkvpacked_func(grouped, num_heads_q=4), want)
+
+    def test_schedules_never_change_a_number(self) -> None:
+        q, k, v = rand(1, 3, 4, 32), rand(1, 3000, 2, 32), rand(1, 3000, 2, 32)
+        want = ops.flash_attn_func(q, k, v)
+        for schedule in ({"num_splits": 0}, {"num_splits": 7}, {"pack_gqa": True}, {"sm_margin": 3}):
+            got = ops.flash_attn_func(q, k, v, **schedule)
+            assert torch.equal(got[0], want[0])
+            assert torch.equal(got[1], want[1])
+
+
+def gradients(function: Any, inputs: list[Tensor], call: dict[str, Any], double: bool) -> Any:
+    """Gradients of a random projection of out and softmax_lse."""
+    leaves = [x.detach().double() if double else x.detach() for x in inputs]
+    leaves = [x.requires_grad_() for x in leaves]
+    call = call | dict(zip(("q", "k", "v", "sinks"), leaves, strict=False))
+    out, lse = function(**call)
+    generator = torch.Generator().manual_seed(0)
+    dout = torch.randn(out.shape, generator=generator).to(inputs[0].dtype)
+    dlse = torch.randn(lse.shape, generator=generator)
+    finite = lse.isfinite()
+    loss = (out * dout.to(out.dtype)).sum() + (lse[finite] * dlse[finite]).sum()
+    loss = loss + sum(0 * x.sum() for x in leaves)  # an empty batch uses none of them
+    return torch.autograd.grad(loss, leaves)
+
+
+def check_gradients(function: Any, call: dict[str, Any]) -> None:
+    dtype = call["q"].dtype
+    for name in ("q_descale", "k_descale", "v_descale"):
+        call.pop(name, None)
+    inputs = [call[name] for name in ("q", "k", "v", "sinks") if name in call]
+    got = gradients(function, inputs, call, double=False)
+    want = gradients(reference.batched, inputs, call, double=True)
+    # out is saved rounded and dP comes from it, so the error is of the size of the gradient.
+    relative = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 4e-3}.get(dtype, 3e-2)
+    for name, g, w in zip(("dq", "dk", "dv", "dsinks"), got, want, strict=False):
+        assert g.dtype == inputs[("dq", "dk", "dv", "dsinks").index(name)].dtype
+        if w.numel():
+            assert (g.double() - w).abs().max() <= relative * (1 + w.abs().max()), name
+
+
+GRADIENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class TestFlashAttnFuncBackward:
+    @examples
+    @given(dense_calls(GRADIENT_DTYPES))
+    def test_random_calls(self, call: dict[str, Any]) -> None:
+        call.pop("qv", None)
+        check_gradients(lambda **c: fa3_ops.flash_attn_func(**c, return_attn_probs=True), call)
+
+    @pytest.mark.parametrize(("d", "dv"), [(1, 512), (512, 1), (192, 128), (256, 256)])
+    def test_head_dims(self, d: int, dv: int) -> None:
+        call = {"q": rand(1, 70, 4, d), "k": rand(1, 130, 2, d), "v": rand(1, 130, 2, dv)}
+        check_gradients(lambda **c: ops.flash_attn_func(**c), call | {"causal": True})
+
+    def test_gradcheck(self) -> None:
+        qkv = [rand(1, n, h, 5, dtype=torch.float64, grad=True) for n, h in ((4, 2), (6, 1), (6, 1))]
+        for masks in ({"causal": True}, {"window_size": (2, 1), "softcap": 2.0}):
+
+            def out(q: Tensor, k: Tensor, v: Tensor, masks: Any = masks) -> Tensor:
+                result: Tensor = ops.flash_attn_func(q, k, v, **masks)[0]
+                return result
+
+            assert torch.autograd.gradcheck(out, qkv)
+
+    def test_unseen_nan_reaches_no_gradient(self) -> None:
+        q, k, v = (rand(1, 90, 2, 16, grad=True) for _ in range(3))
+        dout = rand(1, 50, 2, 16)
+        out, _ = ops.flash_attn_func(q, k, v, causal=True)
+        clean = torch.autograd.grad(out[:, :50], (q, k, v), dout)
+        with torch.no_grad():
+            k[:, 50:] = math.nan
+            v[:, 50:] = math.nan
+        out, _ = ops.flash_attn_func(q, k, v, causal=True)
+        dirty = torch.autograd.grad(out[:, :50], (q, k, v), dout)
+        assert torch.equal(dirty[0][:, :50], clean[0][:, :50])
+
+    def test_deterministic_and_independent_of_threads_and_neighbours(self) -> None:
+        qkv = [rand(3, 200, h, 64, grad=True) for h in (4, 2, 2)]
+        dout = rand(3, 200, 4, 64)
+
+        def grads(batch: slice) -> tuple[Tensor, ...]:
+            part = [x[batch].detach().requires_grad_() for x in qkv]
+            out, _ = ops.flash_attn_func(*part, causal=True)
+            return torch.autograd.grad(out, part, dout[batch])
+
+        want = grads(slice(0, 3))
+        threads = torch.get_num_threads()
+        try:
+            for n in (1, 2, 5):
+                torch.set_num_threads(n)
+                assert all(torch.equal(g, w) for g, w in zip(grads(slice(0, 3)), want, strict=True))
+        finally:
+            torch.set_num_threads(threads)
+        alone = grads(slice(1, 2))
+        assert all(torch.equal(g, w[1:2]) for g, w in zip(alone, want, strict=True))
+
+    def test_qv_is_refused_by_name(self) -> None:
+        q, k, v, qv = (rand(1, 3, 2, 8, grad=True) for _ in range(4))
+        out, _ = ops.flash_attn_func(q, k, v, qv=qv)
+        with pytest.raises(NotImplementedError, match="flash_attn_func with qv has no backward"):
+            out.sum().backward()
+
+
+class TestFlashAttnVarlenFunc:
+    @examples
+    @given(varlen_calls())
+    def test_random_calls(self, call: dict[str, Any]) -> None:
+        bounds = {"max_seqlen_q": 40, "max_seqlen_k": 70}
+        out, lse = fa3_ops.flash_attn_varlen_func(**call, **bounds, return_attn_probs=True)
+        want_out, want_lse = reference.batched(**call)
+        assert_exact(out, want_out, call["q"].dtype)
+        assert_lse(lse, want_lse)
+
+    def test_out_is_written(self) -> None:
+        q, k, v, cu = rand(7, 4, 16), rand(7, 2, 16), rand(7, 2, 16), ints(0, 3, 7)
+        want = fa3_ops.flash_attn_varlen_func(q, k, v, cu, cu, 4, 4)
+        buffer = torch.full((7, 4, 40), math.nan)
+        out = buffer[..., 3:19]
+        got = fa3_ops.flash_attn_varlen_func(q, k, v, cu, cu, 4, 4, out=out)
+        assert got is out
+        assert torch.equal(out, want)
+        assert buffer[..., :3].isnan().all()
+        assert buffer[..., 19:].isnan().all()
+
+
+class TestFlashAttnVarlenFuncBackward:
+    @examples
+    @given(varlen_calls(GRADIENT_DTYPES))
+    def test_random_calls(self, call: dict[str, Any]) -> None:
+        call.pop("qv", None)
+        bounds = {"max_seqlen_q": 40, "max_seqlen_k": 70}
+        check_gradients(
+            lambda **c: fa3_ops.flash_attn_varlen_func(**c, **bounds, return_attn_probs=True), call
+        )
+
+
+class TestFlashAttnWithKvcache:
+    @settings(examples, max_examples=200)
+    @given(kvcache_calls())
+    def test_random_calls(self, call: dict[str, Any]) -> None:
+        ours = call | {"k_cache": call["k_cache"].clone(), "v_cache": call["v_cache"].clone()}
+        call.pop("max_seqlen_q", None)
+        want_out, want_lse = reference.flash_attn_with_kvcache(**call)
+        out, lse = fa3_ops.flash_attn_with_kvcache(**ours, return_softmax_lse=True)
+        # A rotated vector may round the other way: one ulp of it moves a score.
+        half = call["q"].dtype.itemsize <= 2 and "rotary_cos" in call
+        coarse = {2: 0.05, 1: 0.5}[call["q"].dtype.itemsize] if half else 3e-5
+        assert_exact(out, want_out, call["q"].dtype, coarse)
+        assert_lse(lse, want_lse, coarse)
+        ulp = torch.finfo(call["q"].dtype).eps if "rotary_cos" in call else 0.0
+        for name in ("k_cache", "v_cache"):
+            torch.testing.assert_close(
+                ours[name].double(), call[name].double(), rtol=ulp, atol=4 * ulp, equal_nan=True
+            )
+
+    @settings(examples, max_examples=60)
+    @given(kvcache_calls())
+    def test_strided_caches_are_written_in_place(self, call: dict[str, Any]) -> None:
+        contiguous = call | {name: call[name].contiguous().clone() for name in ("k_cache", "v_cache")}
+        want = fa3_ops.flash_attn_with_kvcache(**contiguous)
+        assert torch.equal(fa3_ops.flash_attn_with_kvcache(**call), want)
+        for name in ("k_cache", "v_cache"):
+            assert_same_bits(call[name], contiguous[name])
+
+    @pytest.mark.parametrize("page_size", [1, 3, 16, 100])
+    def test_paged_equals_dense(self, page_size: int) -> None:
+        k_cache, v_cache = rand(2, 300, 2, 24), rand(2, 300, 2, 24)
+        q, cache_seqlens = rand(2, 3, 6, 24), ints(300, 170)
+        want = fa3_ops.flash_attn_with_kvcache(
+            q, k_cache, v_cache, cache_seqlens=cache_seqlens, causal=True
+        )
+        pages = -(-300 // page_size)
+        padding = (0, 0, 0, 0, 0, pages * page_size - 300)
+        table = torch.randperm(2 * pages).int().view(2, pages)
+        paged = []
+        for cache in (k_cache, v_cache):
+            rows = torch.nn.functional.pad(cache, padding).view(2 * pages, page_size, 2, 24)
+            paged.append(torch.empty_like(rows))
+            paged[-1][table.flatten().long()] = rows
+        got = fa3_ops.flash_attn_with_kvcache(
+            q, *paged, cache_seqlens=cache_seqlens, page_table=table, causal=True
+        )
+        assert torch.equal(got, want)
+
+    def test_int_cache_seqlens_and_aliases(self) -> None:
+        k_cache, v_cache, q = rand(4, 8, 2, 16), rand(4, 8, 2, 16), rand(2, 1, 4, 16)
+        table, sinks = ints(1, 0, 3, 2).view(2, 2), rand(4)
+        want = fa3_ops.flash_attn_with_kvcache(
+            q, k_cache, v_cache, cache_seqlens=ints(9, 9), page_table=table, sinks=sinks
+        )
+        out = torch.empty_like(want)
+        got = fa3_ops.flash_attn_with_kvcache(
+            *(q, k_cache, v_cache),
+            cache_seqlens=9,
+            block_table=table,
+            s_aux=sinks,
+            out=out,
+            window_size=torch.tensor([-1, -1]),
+        )
+        assert got is out
+        assert torch.equal(out, want)
+
+    def test_has_no_backward_and_says_so(self) -> None:
+        q, cache = rand(1, 1, 2, 8, grad=True), rand(1, 4, 2, 8)
+        out = fa3_ops.flash_attn_with_kvcache(q, cache, cache)
+        with pytest.raises(NotImplementedError, match="flash_attn_kvcache has no backward"):
+            out.sum().backward()
+
+
+class TestFlashAttnKvcache:
+    def test_seqused_q(self) -> None:
+        q, k_cache, v_cache = rand(2, 5, 4, 16), rand(2, 20, 2, 16), rand(2, 20, 2, 16)
+        call = {"seqused_q": ints(3, 0), "causal": True}
+        out, lse = ops.flash_attn_kvcache(q, k_cache, v_cache, cache_seqlens=ints(9, 20), **call)
+        want_out, want_lse = reference.batched(q, k_cache, v_cache, seqused_k=ints(9, 20), **call)
+        assert_exact(out, want_out, q.dtype)
+        assert_lse(lse, want_lse)
+
+    def test_paged_through_flash_attn_varlen_func(self) -> None:
+        q, pages_k, pages_v = rand(5, 4, 16), rand(8, 4, 2, 16), rand(8, 4, 2, 16)
+        cu, used, table = ints(0, 2, 5), ints(6, 9), torch.randperm(8).int()[:6].view(2, 3)
+        out, lse = fa3_ops.flash_attn_varlen_func(
+            *(q, pages_k, pages_v, cu, None, 3, 12),
+            seqused_k=used,
+            block_table=table,
+            causal=True,
+            return_attn_probs=True,
+        )
+        want_out, want_lse = reference.batched(
+            *(q, pages_k, pages_v),
+            cu_seqlens_q=cu,
+            seqused_k=used,
+            page_table=table,
+            causal=True,
+        )
+        assert_exact(out, want_out, q.dtype)
+        assert_lse(lse, want_lse)
+
+    def test_scheduler_metadata_never_changes_a_number(self) -> None:
+        q, cache, seqlens = rand(2, 1, 4, 16), rand(2, 3000, 2, 16), ints(3000, 5)
+        metadata = fa3_ops.get_scheduler_metadata(2, 1, 3000, 4, 2, 16, seqlens)
+        want = ops.flash_attn_kvcache(q, cache, cache, cache_seqlens=seqlens)
+        for schedule in (metadata, torch.zeros(99, dtype=torch.int32)):
+            got = ops.flash_attn_kvcache(
+                q, cache, cache, cache_seqlens=seqlens, scheduler_metadata=schedule
+            )
+            assert torch.equal(got[0], want[0])
+            assert torch.equal(got[1], want[1])
+
+
+class TestThreads:
+    """Results do not change with torch.set_num_threads, split or not."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_same_bits(self, dtype: torch.dtype) -> None:
+        threads = torch.get_num_threads()
+        calls = (
+            (rand(1, 1, 4, 32), rand(1, 5000, 1, 32), rand(1, 5000, 1, 32)),
+            (rand(2, 150, 6, 32), rand(2, 1500, 2, 32), rand(2, 1500, 2, 32)),
+        )
+        calls = tuple(tuple(x.to(dtype) for x in call) for call in calls)
+        try:
+            torch.set_num_threads(1)
+            want = [ops.flash_attn_func(*call, causal=True, softcap=9.0) for call in calls]
+            for n in (2, 3, 8):
+                torch.set_num_threads(n)
+                for call, (out, lse) in zip(calls, want, strict=True):
+                    got_out, got_lse = ops.flash_attn_func(*call, causal=True, softcap=9.0)
+                    assert torch.equal(got_out, out)
+                    assert torch.equal(got_lse, lse)
+        finally:
+            torch.set_num_threads(threads)
+
+
+class TestKvcacheAppend:
+    def test_nothing_else_is_written(self) -> None:
+        k_cache, v_cache = rand(4, 10, 2, 16), rand(4, 10, 2, 8)
+        before_k, before_v = k_cache.clone(), v_cache.clone()
+        k, v = rand(2, 3, 2, 16), rand(2, 3, 2, 8)
+        ops.kvcache_append_(k, v, k_cache, v_cache, ints(7, 0), cache_batch_idx=ints(3, 1))
+        before_k[3, 7:10], before_k[1, :3] = k[0], k[1]
+        before_v[3, 7:10], before_v[1, :3] = v[0], v[1]
+        assert torch.equal(k_cache, before_k)
+        assert torch.equal(v_cache, before_v)
+
+
+class TestApplyRotary:
+    @examples
+    @given(st.data())
+    def test_random_calls(self, data: Any) -> None:
+        torch.manual_seed(data.draw(st.integers(0, 2**31)))
+        d, interleaved = data.draw(st.integers(2, 40)), data.draw(st.booleans())
+        cos, sin = rotary(50, 2 * data.draw(st.integers(1, d // 2)))
+        x = tensor(data.draw, (2, data.draw(st.integers(0, 9)), 3, d), torch.float32)
+        first, advance = ints(data.draw(st.integers(0, 40)), 0), data.draw(st.booleans())
+        got = ops.apply_rotary(x, cos, sin, first, None, interleaved, advance)
+        for b in range(2):
+            positions = first[b] + torch.arange(x.shape[1]) * int(advance)
+            want = reference.rotate(x[b], cos, sin, positions, interleaved)
+            torch.testing.assert_close(got[b], want, rtol=1e-6, atol=1e-6)
+
+
+class TestFlashAttnCombine:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("splits", [1, 2, 17])
+    def test_parts_of_an_attention(self, dtype: torch.dtype, splits: int) -> None:
+        """Attention over pieces of the keys, merged, is attention over all of them."""
+        q, k, v = rand(2, 5, 4, 16), rand(2, 100, 2, 16), rand(2, 100, 2, 16)
+        cuts = [round(i * 100 / splits) for i in range(splits + 1)]
+        cuts[-1:] = [100, 100]  # and one empty piece
+        parts = [
+            ops.flash_attn_func(q, k[:, a:b], v[:, a:b]) for a, b in zip(cuts, cuts[1:], strict=False)
+        ]
+        outs = torch.stack([out for out, _ in parts])
+        lses = torch.stack([lse.transpose(1, 2) for _, lse in parts])
+        out, lse = fa3_ops.flash_attn_combine(outs, lses, out_dtype=dtype)
+        want_out, want_lse = reference.batched(q, k, v)
+        assert out.dtype == dtype
+        assert_exact(out, want_out, dtype)
+        assert_lse(lse.transpose(1, 2), want_lse)
+
+    def test_no_part_sees_a_key(self) -> None:
+        outs = torch.full((2, 1, 3, 1, 4), math.nan)
+        lses = torch.tensor([-math.inf, math.inf]).view(2, 1, 1, 1).expand(2, 1, 3, 1)
+        out, lse = fa3_ops.flash_attn_combine(outs, lses)
+        assert torch.equal(out, torch.zeros(1, 3, 1, 4))
+        assert torch.equal(lse, torch.full((1, 3, 1), -math.inf))
+
+    def test_packed_and_out(self) -> None:
+        outs, lses = rand(3, 7, 4, 16), rand(3, 7, 4)
+        out, lse = fa3_ops.flash_attn_combine(outs, lses)
+        want_out, want_lse = fa3_ops.flash_attn_combine(outs[:, None], lses[:, None])
+        assert torch.equal(out, want_out[0])
+        assert torch.equal(lse, want_lse[0])
+        buffer = torch.empty(7, 4, 16, dtype=torch.bfloat16)
+        got, _ = fa3_ops.flash_attn_combine(outs, lses, out=buffer)
+        assert got is buffer
+        assert torch.equal(buffer, out.bfloat16())
+
+
+class TestGetSchedulerMetadata:
+    def test_size_depends_on_the_batch_alone(self) -> None:
+        seqlens = ints(0, 1, 1024, 1025)
+        got = fa3_ops.get_scheduler_metadata(4, 1, 2048, 8, 2, 64, seqlens)
+        assert got.tolist() == [0, 1, 1, 2]
+        longer = fa3_ops.get_scheduler_metadata(
+            4, 1, 2048, 8, 2, 64, seqlens, max_seqlen_k_new=1, num_splits=3, causal=True
+        )
+        assert longer.tolist() == [1, 1, 2, 2]

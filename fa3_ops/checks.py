@@ -28,6 +28,12 @@ def dtype(t: Tensor, expected: torch.dtype, name: str, why: str = "") -> None:
         raise TypeError(f"{name} must have dtype {expected}{why}, got {t.dtype}")
 
 
+def contiguous_rows(t: Tensor, name: str) -> None:
+    """What is written in place cannot be copied first."""
+    if t.stride(-1) != 1 and t.shape[-1] != 1:
+        raise ValueError(f"{name} must have a contiguous last dimension, got stride {t.stride(-1)}")
+
+
 def lengths(t: Tensor | None, size: object, name: str) -> None:
     """An optional int32 vector."""
     if t is None:
@@ -108,6 +114,7 @@ def attention(
     num_splits: int = 1,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> int:
     """What every attention operator asks of its arguments; returns the batch size."""
     if q.dtype not in DTYPES:
@@ -179,6 +186,11 @@ def attention(
         shape(sinks, (nheads,), "sinks")
         if not sinks.is_floating_point():
             raise TypeError(f"sinks must have a floating-point dtype, got {sinks.dtype}")
+    if out is not None:
+        shape(out, (*q.shape[:-1], headdim_v), "out")
+        fp8 = q.dtype == torch.float8_e4m3fn
+        dtype(out, torch.bfloat16 if fp8 else q.dtype, "out")
+        contiguous_rows(out, "out")
     softmax(softmax_scale, window_size, attention_chunk, softcap)
     if num_splits < 0:
         raise ValueError(f"num_splits must be at least 0 (0: chosen for you), got {num_splits}")
@@ -196,6 +208,7 @@ def attention(
         "page_table": page_table,
         "alibi_slopes": alibi_slopes,
         "sinks": sinks,
+        "out": out,
     }
     same_device(q, **others)
     return batch_size
@@ -218,11 +231,8 @@ def append(
     rotary_seqlens: Tensor | None,
 ) -> None:
     """What flash_attn_with_kvcache asks of new keys and values and of their rotation."""
-    for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if t.stride(-1) != 1 and t.shape[-1] != 1:
-            raise ValueError(
-                f"{name} must have a contiguous last dimension, got stride {t.stride(-1)}"
-            )
+    contiguous_rows(k_cache, "k_cache")
+    contiguous_rows(v_cache, "v_cache")
     if k is None:
         for name, t in (
             ("v", v),

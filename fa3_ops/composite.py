@@ -50,6 +50,7 @@ def _append(
     sm_margin: int = 0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """Checks, appends and rotates; returns the arguments of flash_attn_kvcache."""
     batch_size = checks.attention(
@@ -76,6 +77,7 @@ def _append(
         num_splits=num_splits,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        out=out,
     )
     checks.append(
         q,
@@ -154,7 +156,9 @@ def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 @as_value_errors
 def flash_attn_with_kvcache_out(*args: Any, out: Tensor, **kwargs: Any) -> Tensor:
-    softmax_lse: Tensor = ops.flash_attn_kvcache.out(*_append(*args, **kwargs), out=out)
+    softmax_lse: Tensor = ops.flash_attn_kvcache.out(
+        *_append(*args, **kwargs, out=out), out=out
+    )
     return softmax_lse
 
 

@@ -209,6 +209,7 @@ def flash_attn_varlen_func(
         num_splits=num_splits,
         alibi_slopes=alibi_slopes,
         sinks=sinks,
+        out=out,
     )
     arguments: tuple[object, ...]
     if page_table is not None:

@@ -4,8 +4,10 @@ Importing this package registers the operators; the functions below are FlashAtt
 interface over them, fa3_ops.v2 and fa3_ops.v4 those of FlashAttention-2 and -4.
 """
 
-from fa3_ops import _library  # first: the operators that the others extend
-from fa3_ops import autocast, autograd, composite, flops, meta_kernels  # isort: skip
+from fa3_ops import _library  # noqa: F401  first: the operators that the others extend
+
+import fa3_ops.meta_kernels  # noqa: F401  # isort: skip
+from fa3_ops import autocast, autograd, composite, flops  # noqa: F401  # isort: skip
 from fa3_ops.interface import (
     flash_attn_combine,
     flash_attn_func,

@@ -13,38 +13,50 @@ _CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 _DEVICES = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda", "AutocastPrivateUse1": "npu"}
 
 
-def _cast(x: Any, dtype: torch.dtype) -> Any:
-    return x.to(dtype) if isinstance(x, Tensor) and x.dtype in _CASTABLE else x
+def cast(x: Any, dtype: torch.dtype) -> Any:
+    """x in dtype, if both are floating-point types of 16 or 32 bits."""
+    castable = isinstance(x, Tensor) and x.dtype in _CASTABLE and dtype in _CASTABLE
+    return x.to(dtype) if castable else x
+
+
+def cast_training(q: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The arguments as the autocast kernel will cast them, so that they can be checked before."""
+    device = q.device.type
+    if not torch.is_autocast_enabled(device):
+        return q, *others
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(cast(x, dtype) for x in (q, *others))
 
 
 def _wrap(op: Any, key: str, names: tuple[str, ...], like: str | None) -> Callable[..., Any]:
     """Casts the named arguments to the dtype of `like`, or to autocast's, and calls the op."""
     order = [a.name for a in op._schema.arguments]
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         bound = dict(zip(order, args, strict=False)) | kwargs
-        if like is None:
-            dtype = torch.get_autocast_dtype(_DEVICES[key])
-        else:
-            dtype = bound[like].dtype
+        dtype = bound[like].dtype if like else torch.get_autocast_dtype(_DEVICES[key])
         for name in names:
-            if bound.get(name) is not None:
-                bound[name] = _cast(bound[name], dtype)
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+            bound[name] = cast(bound.get(name), dtype)
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
             return op(**bound)
 
     return kernel
 
 
 _TRAINING = ("q", "k", "v", "qv")
-_CACHED = ("q", "k", "v", "qv", "rotary_cos", "rotary_sin")
+_CACHED = ("q", "qv")
+_APPENDED = ("q", "k", "v", "qv", "rotary_cos", "rotary_sin")
 _ops = torch.ops.fa3npu
 _library = torch.library.Library("fa3npu", "IMPL")
 for _key in _DEVICES:
     for _op, _names, _like in (
         (_ops.flash_attn_func.default, _TRAINING, None),
         (_ops.flash_attn_varlen_func.default, _TRAINING, None),
+        (_ops.flash_attn_varlen_func.out, _TRAINING, None),
         (_ops.flash_attn_kvcache.default, _CACHED, "k_cache"),
-        (_ops.flash_attn_with_kvcache.default, _CACHED, "k_cache"),
+        (_ops.flash_attn_kvcache.out, _CACHED, "k_cache"),
+        (_ops.flash_attn_with_kvcache.default, _APPENDED, "k_cache"),
+        (_ops.flash_attn_with_kvcache.out, _APPENDED, "k_cache"),
     ):
         _library.impl(_op.name().removeprefix("fa3npu::"), _wrap(_op, _key, _names, _like), _key)

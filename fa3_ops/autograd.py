@@ -33,6 +33,19 @@ def _dsinks(
     return (gradient.sum(0) if gradient.dim() == 2 else gradient).to(sinks.dtype)
 
 
+def _refuse_others(ctx: Any, op: Any, q: Tensor) -> None:
+    """A gradient asked of an argument that has none is an error, not a silent None."""
+    name = op._schema.name.removeprefix("fa3npu::")
+    # Shorter than the schema where the last arguments have their defaults.
+    for argument, needed in zip(op._schema.arguments, ctx.needs_input_grad, strict=False):
+        if needed and argument.name not in ("q", "k", "v", "sinks"):
+            raise _no_gradient(f"{argument.name} of {name}")
+    if ctx.has_qv:
+        raise _no_gradient(f"{name} with qv")
+    if q.dtype == torch.float8_e4m3fn:
+        raise _no_gradient(f"{name} of float8_e4m3fn")
+
+
 def _setup_func(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, ctx.softmax_scale, ctx.causal, qv, *_ = inputs
     ctx.window_size, ctx.attention_chunk, ctx.softcap = inputs[9:12]
@@ -44,8 +57,7 @@ def _setup_func(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 def _backward_func(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, softmax_lse, alibi_slopes, sinks = ctx.saved_tensors
-    if ctx.has_qv:
-        raise _no_gradient("flash_attn_func with qv")
+    _refuse_others(ctx, ops.flash_attn_func.default, q)
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv = ops.flash_attn_func_backward(
         dout,
@@ -61,8 +73,8 @@ def _backward_func(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[
         ctx.softcap,
         ctx.deterministic,
         ctx.sm_margin,
-        dsoftmax_lse=dlse,
-        alibi_slopes=alibi_slopes,
+        dlse,
+        alibi_slopes,
     )
     dsinks = None if sinks is None else _dsinks(sinks, dout, out, softmax_lse, dlse)
     return dq, dk, dv, *(None,) * 14, dsinks
@@ -91,9 +103,8 @@ def _setup_varlen(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 def _backward_varlen(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, softmax_lse, *lengths, alibi_slopes, sinks = ctx.saved_tensors
+    _refuse_others(ctx, ops.flash_attn_varlen_func.default, q)
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = lengths
-    if ctx.has_qv:
-        raise _no_gradient("flash_attn_varlen_func with qv")
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv = ops.flash_attn_varlen_func_backward(
         dout,
@@ -115,8 +126,8 @@ def _backward_varlen(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tupl
         ctx.softcap,
         ctx.deterministic,
         ctx.sm_margin,
-        dsoftmax_lse=dlse,
-        alibi_slopes=alibi_slopes,
+        dlse,
+        alibi_slopes,
     )
     dsinks = None if sinks is None else _dsinks(sinks, dout, out, softmax_lse, dlse)
     return dq, dk, dv, *(None,) * 20, dsinks
@@ -135,5 +146,11 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "fa3npu::flash_attn_varlen_func", _backward_varlen, setup_context=_setup_varlen
 )
-for _name in ("flash_attn_kvcache", "apply_rotary", "flash_attn_combine"):
+for _name in (
+    "flash_attn_func_backward",
+    "flash_attn_varlen_func_backward",
+    "flash_attn_kvcache",
+    "apply_rotary",
+    "flash_attn_combine",
+):
     torch.library.register_autograd(f"fa3npu::{_name}", _refuse(_name))

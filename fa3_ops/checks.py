@@ -1,5 +1,5 @@
-"""Checks of what users pass, from shapes, dtypes and devices: no tensor is read unless it is a small
-CPU tensor in eager mode. What else depends on values is checked by the kernel (see errors.py)."""
+"""Checks of what users pass, from shapes, dtypes and devices: no tensor is read unless it is a
+small CPU tensor in eager mode. The kernel checks what else depends on values (see errors.py)."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def offsets(t: Tensor | None, total: int, name: str) -> None:
             )
     if seen[-1] > total:
         raise ValueError(
-            f"{name}[{len(seen) - 1}] must be at most the {total} rows of its tensor, got {seen[-1]}"
+            f"{name}[{len(seen) - 1}] must be at most the {total} rows of its tensor, "
+            f"got {seen[-1]}"
         )
 
 
@@ -178,6 +179,7 @@ def attention(
             if t is not None:
                 dtype(t, torch.float32, name)
                 shape(t, (batch_size, nheads_k), name)
+                same_device(q, **{name: t})
     if alibi_slopes is not None:
         per_batch = (batch_size, nheads) if alibi_slopes.dim() == 2 else (nheads,)
         shape(alibi_slopes, per_batch, "alibi_slopes")
@@ -191,6 +193,8 @@ def attention(
         fp8 = q.dtype == torch.float8_e4m3fn
         dtype(out, torch.bfloat16 if fp8 else q.dtype, "out")
         contiguous_rows(out, "out")
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            raise ValueError("out must be None where a gradient is needed, got a tensor")
     softmax(softmax_scale, window_size, attention_chunk, softcap)
     if num_splits < 0:
         raise ValueError(f"num_splits must be at least 0 (0: chosen for you), got {num_splits}")
@@ -280,7 +284,7 @@ def append(
         rotary_sin=rotary_sin,
         rotary_seqlens=rotary_seqlens,
     )
-    # The append checks the rest before it writes; these two are only read after it, by the attention.
+    # The append checks the rest before it writes; these two are read after it, by the attention.
     offsets(cu_seqlens_q, q.shape[0], "cu_seqlens_q")
     pads, seqlens = values(cache_leftpad), values(cache_seqlens)
     if pads is not None and seqlens is not None:

@@ -98,7 +98,7 @@ def _append(
         if rotary_cos is not None:
             first = cache_seqlens if rotary_seqlens is None else rotary_seqlens
             # Without a causal or local mask all rows of q count as the first new position.
-            advance = causal or tuple(window_size) != (-1, -1) or attention_chunk > 0
+            advance = causal or max(window_size) >= 0 or attention_chunk > 0
             q = ops.apply_rotary(
                 q, rotary_cos, rotary_sin, first, cu_seqlens_q, rotary_interleaved, advance
             )
@@ -156,9 +156,8 @@ def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 @as_value_errors
 def flash_attn_with_kvcache_out(*args: Any, out: Tensor, **kwargs: Any) -> Tensor:
-    softmax_lse: Tensor = ops.flash_attn_kvcache.out(
-        *_append(*args, **kwargs, out=out), out=out
-    )
+    arguments = _append(*args, **(kwargs | {"out": out}))
+    softmax_lse: Tensor = ops.flash_attn_kvcache.out(*arguments, out=out)
     return softmax_lse
 
 

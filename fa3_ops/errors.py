@@ -1,8 +1,8 @@
 """Turns the kernels' complaints about values into the ValueErrors of the public interface.
 
-Lengths, offsets and page ids are tensors: looking at them twice, here and in the kernel, would cost
-more than many a call, so the kernel looks once, before it reads or writes anything. In compiled code
-the same complaint arrives as the RuntimeError that it is.
+Lengths, offsets and page ids are tensors: looking at them twice, here and in the kernel, would
+cost more than many a call, so the kernel looks once, before it reads or writes anything. In
+compiled code the same complaint arrives as the RuntimeError that it is.
 """
 
 from __future__ import annotations

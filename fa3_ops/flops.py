@@ -13,7 +13,9 @@ from torch.utils.flop_counter import register_flop_formula
 ops = torch.ops.fa3npu
 
 
-def _lengths(cu_seqlens: Tensor | None, seqused: Tensor | None, longest: int, batch: int) -> list[int]:
+def _lengths(
+    cu_seqlens: Tensor | None, seqused: Tensor | None, longest: int, batch: int
+) -> list[int]:
     """Rows of each sequence; where lengths cannot be read, the longest for all."""
     if seqused is not None and not isinstance(seqused, FakeTensor):
         return seqused.tolist()

@@ -1,15 +1,18 @@
 """FlashAttention-3's Python interface over torch.ops.fa3npu.
 
-Names, order, defaults and return values are those of `flash_attn_interface.py` in the `hopper` folder
-of the flash-attention repository; behind FlashAttention-3's arguments stand the ones that serving code
-passes besides: `block_table` for `page_table`, `s_aux` for `sinks`, `out`.
+Names, order, defaults and return values are those of `flash_attn_interface.py` in the `hopper`
+folder of the flash-attention repository, but for the two internal buffers that its
+flash_attn_with_kvcache returns after softmax_lse. Behind FlashAttention-3's arguments stand the
+ones that serving code passes besides: `block_table` for `page_table`, `s_aux` (or
+`learnable_sink`) for `sinks`, `out`.
 
 Dtypes: float32, float16, bfloat16, float64, and float8_e4m3fn (result in bfloat16). Lengths and
 offsets are int32 tensors on the device of q. `pack_gqa`, `sm_margin`, `num_splits`,
 `scheduler_metadata` and `deterministic` are schedules: they never change a number.
 
 Shapes: nheads must be a multiple of nheads_k; query head h reads head h * nheads_k // nheads.
-Every function raises ValueError for shapes and values and TypeError for dtypes, naming the argument.
+Every function raises ValueError for shapes and values and TypeError for dtypes, naming the
+argument.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fa3_ops import checks
+from fa3_ops.autocast import cast_training
 from fa3_ops.errors import as_value_errors
 
 ops = torch.ops.fa3npu
@@ -33,10 +37,12 @@ def _window(window_size: Window) -> tuple[int, ...]:
     return tuple(int(side) for side in window_size)
 
 
-def _alias(name: str, value: Tensor | None, alias: str, other: Tensor | None) -> Tensor | None:
-    if value is not None and other is not None:
-        raise ValueError(f"{name} and {alias} are the same argument: give one of them, got both")
-    return other if value is None else value
+def _one_of(**names: Tensor | None) -> Tensor | None:
+    """The value of an argument that has several names."""
+    given = {name: value for name, value in names.items() if value is not None}
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} are the same argument: give one of them, got both")
+    return next(iter(given.values()), None)
 
 
 @as_value_errors
@@ -62,6 +68,7 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     s_aux: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of dense batches, differentiable in q, k, v and sinks.
 
@@ -77,21 +84,23 @@ def flash_attn_func(
             ignored for other dtypes.
         window_size: (left, right); query i sees keys from i + seqlen_k - seqlen_q - left to
             i + seqlen_k - seqlen_q + right, both inclusive; -1 means no limit.
-        attention_chunk: if positive, a query sees only keys of its own chunk of that many positions.
+        attention_chunk: if positive, a query sees only keys of its own chunk of so many positions.
         softcap: if positive, scores become softcap * tanh(scores / softcap).
         return_attn_probs: also return softmax_lse.
         alibi_slopes: (nheads,) or (batch_size, nheads) float32; adds
             -slope * |i + seqlen_k - seqlen_q - j| to the scores.
-        sinks (alias s_aux): (nheads,); a score that each row's softmax counts, without a value.
+        sinks (aliases s_aux, learnable_sink): (nheads,); a score that each row's softmax counts,
+            without a value.
 
     Returns:
-        out: (batch_size, seqlen_q, nheads, headdim_v) in q's dtype (bfloat16 for FP8); 0 where a row
-            sees no key.
+        out: (batch_size, seqlen_q, nheads, headdim_v) in q's dtype (bfloat16 for FP8); 0 where a
+            row sees no key.
         softmax_lse: (batch_size, nheads, seqlen_q) float32, natural log, the sink included; -inf
             where a row sees no key.
     """
-    sinks = _alias("sinks", sinks, "s_aux", s_aux)
+    sinks = _one_of(sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
     window = _window(window_size)
+    q, k, v, qv = cast_training(q, k, v, qv)
     checks.attention(
         q,
         k,
@@ -162,6 +171,7 @@ def flash_attn_varlen_func(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     s_aux: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
     out: Tensor | None = None,
     scheduler_metadata: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -184,9 +194,11 @@ def flash_attn_varlen_func(
         out: (total_q, nheads, headdim_v).
         softmax_lse: (nheads, total_q) float32; with return_attn_probs.
     """
-    sinks = _alias("sinks", sinks, "s_aux", s_aux)
-    page_table = _alias("page_table", page_table, "block_table", block_table)
+    sinks = _one_of(sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
+    page_table = _one_of(page_table=page_table, block_table=block_table)
     window = _window(window_size)
+    if page_table is None:
+        q, k, v, qv = cast_training(q, k, v, qv)
     checks.attention(
         q,
         k,
@@ -215,14 +227,36 @@ def flash_attn_varlen_func(
     if page_table is not None:
         op = ops.flash_attn_kvcache
         arguments = (
-            *(q, k, v, qv, seqused_k, None, None, page_table, cu_seqlens_q, max_seqlen_q, seqused_q),
+            *(
+                q,
+                k,
+                v,
+                qv,
+                seqused_k,
+                None,
+                None,
+                page_table,
+                cu_seqlens_q,
+                max_seqlen_q,
+                seqused_q,
+            ),
             *(q_descale, k_descale, v_descale, softmax_scale, causal, window, attention_chunk),
             *(softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, alibi_slopes, sinks),
         )
     else:
         op = ops.flash_attn_varlen_func
         arguments = (
-            *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k),
+            *(
+                q,
+                k,
+                v,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                max_seqlen_q,
+                max_seqlen_k,
+                seqused_q,
+                seqused_k,
+            ),
             *(softmax_scale, causal, qv, q_descale, k_descale, v_descale, window, attention_chunk),
             *(softcap, num_splits, pack_gqa, deterministic, sm_margin, alibi_slopes, sinks),
         )
@@ -320,6 +354,7 @@ def flash_attn_with_kvcache(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     s_aux: Tensor | None = None,
+    learnable_sink: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Appends k and v to a KV cache in place, then attends to the cache. Has no backward.
@@ -352,13 +387,11 @@ def flash_attn_with_kvcache(
         softmax_lse: (batch_size, nheads, seqlen_q), or (nheads, total_q) for packed q; with
             return_softmax_lse.
     """
-    page_table = _alias("page_table", page_table, "block_table", block_table)
-    sinks = _alias("sinks", sinks, "s_aux", s_aux)
+    page_table = _one_of(page_table=page_table, block_table=block_table)
+    sinks = _one_of(sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
     if isinstance(cache_seqlens, int):
-        batch_size = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-        cache_seqlens = torch.full(
-            (batch_size,), cache_seqlens, dtype=torch.int32, device=k_cache.device
-        )
+        batch = q.shape[:1] if cu_seqlens_q is None else (cu_seqlens_q.shape[0] - 1,)
+        cache_seqlens = torch.full(batch, cache_seqlens, dtype=torch.int32, device=k_cache.device)
     arguments = (
         *(q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx),
         *(cache_leftpad, page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, rotary_seqlens),
@@ -393,10 +426,8 @@ def flash_attn_combine(
     Returns:
         out: out_partial's shape without num_splits; softmax_lse: lse_partial's, likewise.
     """
-    dims = ("num_splits", "batch_size", "seqlen", "nheads", "headdim")
-    if out_partial.dim() == 4:
-        dims = ("num_splits", "total_q", "nheads", "headdim")
-    checks.shape(out_partial, dims, "out_partial")
+    rows = ("total_q",) if out_partial.dim() == 4 else ("batch_size", "seqlen")
+    checks.shape(out_partial, ("num_splits", *rows, "nheads", "headdim"), "out_partial")
     checks.shape(lse_partial, tuple(out_partial.shape[:-1]), "lse_partial")
     checks.dtype(out_partial, torch.float32, "out_partial")
     checks.dtype(lse_partial, torch.float32, "lse_partial")
@@ -439,8 +470,9 @@ def get_scheduler_metadata(
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
 ) -> Tensor:
-    """The schedule of a later call of flash_attn_with_kvcache, as an int32 tensor whose size depends
-    on the batch size alone, from lengths that stay on the device. It never changes a number."""
+    """The schedule of a later call of flash_attn_with_kvcache, as an int32 tensor whose size
+    depends on the batch size alone, from lengths that stay on the device. It never changes a
+    number."""
     checks.lengths(cache_seqlens, batch_size, "cache_seqlens")
     checks.lengths(cu_seqlens_k_new, batch_size + 1, "cu_seqlens_k_new")
     checks.lengths(cache_leftpad, batch_size, "cache_leftpad")

@@ -139,7 +139,7 @@ def batched(
     softmax_lse = torch.full((*batch, nheads, rows), float("-inf"), dtype=torch.float64)
     for b in range(batch_size):
         if cu_seqlens_q is None:
-            at, seqlen_q = q.shape[1] * 0, q.shape[1]
+            at, seqlen_q = 0, q.shape[1]
             q_rows, qv_rows = q[b], None if qv is None else qv[b]
             out_rows, lse_rows = out[b], softmax_lse[b]
         else:
@@ -242,7 +242,7 @@ def flash_attn_with_kvcache(
     if k is not None and v is not None and cache_seqlens is not None:
         if rotary_cos is not None and rotary_sin is not None:
             # Without a causal or local mask every row of q stands at the first new position.
-            local = causal or tuple(window_size) != (-1, -1) or attention_chunk > 0
+            local = causal or max(window_size) >= 0 or attention_chunk > 0
             first = cache_seqlens if rotary_seqlens is None else rotary_seqlens
             q = q.clone()
             for b in range(len(cache_seqlens)):

@@ -1,7 +1,7 @@
 """Fake kernels: the shape, dtype, stride and device of every operator's results, from those of its
 arguments alone. One file per operator, as in csrc/."""
 
-from fa3_ops.meta_kernels import (
+from . import (
     apply_rotary,
     flash_attn_combine,
     flash_attn_func,

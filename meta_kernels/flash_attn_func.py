@@ -1,7 +1,7 @@
 import torch
 from torch import Tensor
 
-from fa3_ops.meta_kernels._results import empty_gradients, empty_lse, empty_out
+from ._results import empty_gradients, empty_lse, empty_out
 
 
 @torch.library.register_fake("fa3npu::flash_attn_func")

@@ -22,7 +22,9 @@ def ints(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
-def rotary(positions: int, rotary_dim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def rotary(
+    positions: int, rotary_dim: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     frequency = 10000.0 ** -(torch.arange(rotary_dim // 2) / (rotary_dim // 2))
     angle = torch.arange(positions)[:, None] * frequency
     return angle.cos().to(dtype), angle.sin().to(dtype)
@@ -37,7 +39,10 @@ def flash_attn_func() -> Iterator[Sample]:
     yield qkv, {}
     yield qkv, {"causal": True, "window_size": [3, -1], "softcap": 2.0, "softmax_scale": 0.3}
     yield qkv, {"alibi_slopes": torch.rand(4), "sinks": rand(4, grad=True), "attention_chunk": 4}
-    half = (rand(1, 3, 4, 24, dtype=torch.bfloat16), *(rand(1, 7, 1, 24, dtype=torch.bfloat16),) * 2)
+    half = (
+        rand(1, 3, 4, 24, dtype=torch.bfloat16),
+        *(rand(1, 7, 1, 24, dtype=torch.bfloat16),) * 2,
+    )
     yield half, {"qv": rand(1, 3, 4, 24, dtype=torch.bfloat16), "num_splits": 3, "pack_gqa": True}
     strided = (rand(2, 4, 5, 16).transpose(1, 2), rand(2, 9, 2, 32)[..., ::2], rand(2, 9, 2, 16))
     yield strided, {}

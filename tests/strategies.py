@@ -1,4 +1,4 @@
-"""Random calls for hypothesis: any combination of features, odd sizes, strided and poisoned memory."""
+"""Random calls for hypothesis: any features together, odd sizes, strided and poisoned memory."""
 
 from __future__ import annotations
 

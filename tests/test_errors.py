@@ -1,5 +1,4 @@
-"""What a user's mistake says. Every message names the argument, what it must be and what it was, and
-nothing has been written."""
+"""What a user's mistake says: the argument, what it must be, what it was; nothing is written."""
 
 from __future__ import annotations
 
@@ -93,7 +92,10 @@ class TestMessages(TestCase):
                 "q_descale": torch.ones(2, 4),
             },
         }
-        self.check(cases, fa3_ops.flash_attn_func, """\
+        self.check(
+            cases,
+            fa3_ops.flash_attn_func,
+            """\
 dtype of q: q must have one of the dtypes torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float64, got torch.int64
 dtype of k: k must have dtype torch.float32 like q, got torch.float16
 dtype of qv: qv must have dtype torch.float32 like q, got torch.float16
@@ -118,7 +120,8 @@ alibi_slopes: alibi_slopes must have shape (4,), got (3,)
 alibi_slopes per batch: alibi_slopes must have shape (2, 4), got (3, 4)
 sinks: sinks must have shape (4,), got (2,)
 sinks twice: sinks and s_aux are the same argument: give one of them, got both
-descale: q_descale must have shape (2, 2), got (2, 4)""")
+descale: q_descale must have shape (2, 2), got (2, 4)""",
+        )
 
     def test_varlen(self) -> None:
         cases = {
@@ -136,8 +139,12 @@ descale: q_descale must have shape (2, 2), got (2, 4)""")
             "negative seqused_k": varlen(seqused_k=ints(-1, 5)),
             "pages and cu_seqlens_k": varlen(page_table=ints(0, 1).view(2, 1)),
             "out": varlen(out=rand(7, 4, 8)),
+            "out with gradients": varlen(q=rand(7, 4, 16, grad=True), out=rand(7, 4, 16)),
         }
-        self.check(cases, fa3_ops.flash_attn_varlen_func, """\
+        self.check(
+            cases,
+            fa3_ops.flash_attn_varlen_func,
+            """\
 dtype of cu_seqlens: cu_seqlens_q must have dtype torch.int32, got torch.int64
 dtype of seqused_k: seqused_k must have dtype torch.int32, got torch.int64
 no max_seqlen_q: max_seqlen_q must be given with cu_seqlens_q, got None
@@ -151,7 +158,9 @@ no offsets: cu_seqlens_q must have batch_size + 1 entries, got 0
 seqused_q: seqused_q[1] must be in [0, 4], got 5
 negative seqused_k: seqused_k[0] must be in [0, 4], got -1
 pages and cu_seqlens_k: page_table must be None when cu_seqlens_k is given, got a tensor
-out: out must have shape (7, 4, 16), got (7, 4, 8)""")
+out: out must have shape (7, 4, 16), got (7, 4, 8)
+out with gradients: out must be None where a gradient is needed, got a tensor""",
+        )
 
     def test_kvcache(self) -> None:
         cases = {
@@ -170,7 +179,10 @@ out: out must have shape (7, 4, 16), got (7, 4, 8)""")
             "v without k": cached(v=rand(2, 3, 2, 16)),
             "two tables": paged(block_table=ints(0, 3, 5, 1).view(2, 2)),
         }
-        self.check(cases, fa3_ops.flash_attn_with_kvcache, """\
+        self.check(
+            cases,
+            fa3_ops.flash_attn_with_kvcache,
+            """\
 dtype of cache_seqlens: cache_seqlens must have dtype torch.int32, got torch.int64
 dtype of page_table: page_table must have dtype torch.int32, got torch.float32
 dtype of k: k must have dtype torch.float32 like k_cache, got torch.float16
@@ -184,7 +196,8 @@ negative cache_batch_idx: cache_batch_idx[1] must be in [0, 2), got -1
 strided cache: k_cache must have a contiguous last dimension, got stride 2
 rotary without k: rotary_cos must come with new keys k, got k=None
 v without k: v must come with new keys k, got k=None
-two tables: page_table and block_table are the same argument: give one of them, got both""")
+two tables: page_table and block_table are the same argument: give one of them, got both""",
+        )
 
     def test_append(self) -> None:
         cos, sin = rotary(8, 8)
@@ -217,7 +230,10 @@ two tables: page_table and block_table are the same argument: give one of them, 
             "strided out": appending(out=rand(2, 3, 4, 32)[..., ::2]),
             "dtype of out": appending(out=rand(2, 3, 4, 16).half()),
         }
-        self.check(cases, fa3_ops.flash_attn_with_kvcache, """\
+        self.check(
+            cases,
+            fa3_ops.flash_attn_with_kvcache,
+            """\
 k without v: v must be given with k, got None
 k without lengths: cache_seqlens must be given with k, got None
 k: k must have shape (2, seqlen_new, 2, 16), got (2, 3, 4, 16)
@@ -238,7 +254,8 @@ dtype of rotary_cos: rotary_cos must have dtype torch.float32 like q, got torch.
 too few positions: rotary_cos must reach position 7 of sequence 0, got 7 positions
 out: out must have shape (2, 3, 4, 16), got (2, 3, 4, 8)
 strided out: out must have a contiguous last dimension, got stride 2
-dtype of out: out must have dtype torch.float32, got torch.float16""")
+dtype of out: out must have dtype torch.float32, got torch.float16""",
+        )
 
     def test_others(self) -> None:
         partial = {"out_partial": rand(3, 2, 5, 4, 16), "lse_partial": rand(3, 2, 5, 4)}
@@ -249,21 +266,29 @@ dtype of out: out must have dtype torch.float32, got torch.float16""")
             "dtype of out_dtype": partial | {"out_dtype": torch.int32},
             "out": partial | {"out": rand(2, 5, 4, 8)},
         }
-        self.check(cases, fa3_ops.flash_attn_combine, """\
+        self.check(
+            cases,
+            fa3_ops.flash_attn_combine,
+            """\
 rank: out_partial must have shape (num_splits, batch_size, seqlen, nheads, headdim), got (2, 5, 4)
 lse: lse_partial must have shape (3, 2, 5, 4), got (3, 2, 4, 5)
 dtype of out_partial: out_partial must have dtype torch.float32, got torch.float16
 dtype of out_dtype: out_dtype must be torch.float32, torch.float16 or torch.bfloat16, got torch.int32
-out: out must have shape (2, 5, 4, 16), got (2, 5, 4, 8)""")
+out: out must have shape (2, 5, 4, 16), got (2, 5, 4, 8)""",
+        )
         cases = {
             "heads": {"qkv": rand(2, 5, 7, 16), "num_heads_q": 4},
             "no num_heads_q": {"qkv": rand(2, 5, 8, 16)},
             "two": {"qkv": rand(2, 5, 2, 4, 16)},
         }
-        self.check(cases, fa3_ops.flash_attn_qkvpacked_func, """\
+        self.check(
+            cases,
+            fa3_ops.flash_attn_qkvpacked_func,
+            """\
 heads: num_heads_q must leave an even number of heads for k and v, got 4 of 7
 no num_heads_q: num_heads_q must be given for a 4-dimensional qkv, got None
-two: qkv must have shape (batch_size, seqlen, 3, nheads, headdim), got (2, 5, 2, 4, 16)""")
+two: qkv must have shape (batch_size, seqlen, 3, nheads, headdim), got (2, 5, 2, 4, 16)""",
+        )
 
 
 class TestWhereChecksLive:

@@ -53,6 +53,8 @@ SUPPORTED = [
 def test_golden_vectors_on_every_instruction_set(capability: str) -> None:
     """The machine's best is what every other test runs on."""
     here = os.path.dirname(__file__)
-    result = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", f"{here}/test_golden.py"], capability)
+    result = run(
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"{here}/test_golden.py"], capability
+    )
     assert result.returncode == 0, result.stdout
     assert "157 passed" in result.stdout

@@ -1,4 +1,4 @@
-"""torch.library.opcheck, all four utilities, on every operator; a new operator without a sample fails."""
+"""torch.library.opcheck, all four utilities, on every operator; one without a sample fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_opcheck(op: torch._ops.OpOverload, index: int) -> None:
 
 
 def test_opcheck_fp8() -> None:
-    """PyTorch's schema check compares inputs by arithmetic that it lacks for float8: the other three."""
+    """All but the schema check, which compares inputs by arithmetic that float8 lacks."""
     args, kwargs = next(flash_attn_func_fp8())
     utilities = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     results = torch.library.opcheck(

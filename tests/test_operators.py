@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -64,6 +65,15 @@ class TestFlashAttnFunc:
             assert_exact(out, want_out, q.dtype)
             assert_lse(lse, want_lse)
 
+    @pytest.mark.parametrize("far", [2**31, 2**63 - 1])
+    def test_a_limit_beyond_every_length_is_no_limit(self, far: int) -> None:
+        q, k, v = rand(1, 9, 2, 16), rand(1, 70, 2, 16), rand(1, 70, 2, 16)
+        want = ops.flash_attn_func(q, k, v)
+        for masks in ({"window_size": (far, far)}, {"attention_chunk": far}):
+            got = ops.flash_attn_func(q, k, v, **masks)
+            assert torch.equal(got[0], want[0])
+            assert torch.equal(got[1], want[1])
+
     def test_large_scores_do_not_overflow(self) -> None:
         q, k, v = 300 * rand(1, 5, 2, 64), 300 * rand(1, 200, 2, 64), rand(1, 200, 2, 64)
         out, lse = ops.flash_attn_func(q, k, v)
@@ -104,7 +114,12 @@ class TestFlashAttnFunc:
     def test_schedules_never_change_a_number(self) -> None:
         q, k, v = rand(1, 3, 4, 32), rand(1, 3000, 2, 32), rand(1, 3000, 2, 32)
         want = ops.flash_attn_func(q, k, v)
-        for schedule in ({"num_splits": 0}, {"num_splits": 7}, {"pack_gqa": True}, {"sm_margin": 3}):
+        for schedule in (
+            {"num_splits": 0},
+            {"num_splits": 7},
+            {"pack_gqa": True},
+            {"sm_margin": 3},
+        ):
             got = ops.flash_attn_func(q, k, v, **schedule)
             assert torch.equal(got[0], want[0])
             assert torch.equal(got[1], want[1])
@@ -156,7 +171,9 @@ class TestFlashAttnFuncBackward:
         check_gradients(lambda **c: ops.flash_attn_func(**c), call | {"causal": True})
 
     def test_gradcheck(self) -> None:
-        qkv = [rand(1, n, h, 5, dtype=torch.float64, grad=True) for n, h in ((4, 2), (6, 1), (6, 1))]
+        qkv = [
+            rand(1, n, h, 5, dtype=torch.float64, grad=True) for n, h in ((4, 2), (6, 1), (6, 1))
+        ]
         for masks in ({"causal": True}, {"window_size": (2, 1), "softcap": 2.0}):
 
             def out(q: Tensor, k: Tensor, v: Tensor, masks: Any = masks) -> Tensor:
@@ -176,6 +193,17 @@ class TestFlashAttnFuncBackward:
         out, _ = ops.flash_attn_func(q, k, v, causal=True)
         dirty = torch.autograd.grad(out[:, :50], (q, k, v), dout)
         assert torch.equal(dirty[0][:, :50], clean[0][:, :50])
+
+    def test_nan_in_a_row_reaches_only_the_keys_it_sees(self) -> None:
+        q, k, v = (rand(1, 90, 2, 16, grad=True) for _ in range(3))
+        dout = rand(1, 90, 2, 16)
+        clean = torch.autograd.grad(ops.flash_attn_func(q, k, v, causal=True)[0], (q, k, v), dout)
+        with torch.no_grad():
+            q[:, :5] = math.nan
+        dirty = torch.autograd.grad(ops.flash_attn_func(q, k, v, causal=True)[0], (q, k, v), dout)
+        for name, d, c in zip(("dq", "dk", "dv"), dirty, clean, strict=True):
+            assert torch.equal(d[:, 5:], c[:, 5:]), name
+            assert d[:, :5].isnan().all(), name
 
     def test_deterministic_and_independent_of_threads_and_neighbours(self) -> None:
         qkv = [rand(3, 200, h, 64, grad=True) for h in (4, 2, 2)]
@@ -200,8 +228,21 @@ class TestFlashAttnFuncBackward:
     def test_qv_is_refused_by_name(self) -> None:
         q, k, v, qv = (rand(1, 3, 2, 8, grad=True) for _ in range(4))
         out, _ = ops.flash_attn_func(q, k, v, qv=qv)
+        with pytest.raises(NotImplementedError, match="qv of flash_attn_func has no backward"):
+            out.sum().backward()
+        out, _ = ops.flash_attn_func(q, k, v, qv=qv.detach())
         with pytest.raises(NotImplementedError, match="flash_attn_func with qv has no backward"):
             out.sum().backward()
+
+    def test_what_has_no_gradient_is_refused_by_name(self) -> None:
+        q, k, v = (rand(1, 3, 2, 8, grad=True) for _ in range(3))
+        out, _ = ops.flash_attn_func(q, k, v, alibi_slopes=torch.rand(2, requires_grad=True))
+        with pytest.raises(NotImplementedError, match="alibi_slopes of flash_attn_func has no"):
+            out.sum().backward()
+        out, _ = ops.flash_attn_func(q, k, v)
+        (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+        with pytest.raises(NotImplementedError, match="flash_attn_func_backward has no backward"):
+            dq.sum().backward()
 
 
 class TestFlashAttnVarlenFunc:
@@ -259,7 +300,9 @@ class TestFlashAttnWithKvcache:
     @settings(examples, max_examples=60)
     @given(kvcache_calls())
     def test_strided_caches_are_written_in_place(self, call: dict[str, Any]) -> None:
-        contiguous = call | {name: call[name].contiguous().clone() for name in ("k_cache", "v_cache")}
+        contiguous = call | {
+            name: call[name].contiguous().clone() for name in ("k_cache", "v_cache")
+        }
         want = fa3_ops.flash_attn_with_kvcache(**contiguous)
         assert torch.equal(fa3_ops.flash_attn_with_kvcache(**call), want)
         for name in ("k_cache", "v_cache"):
@@ -411,9 +454,7 @@ class TestFlashAttnCombine:
         q, k, v = rand(2, 5, 4, 16), rand(2, 100, 2, 16), rand(2, 100, 2, 16)
         cuts = [round(i * 100 / splits) for i in range(splits + 1)]
         cuts[-1:] = [100, 100]  # and one empty piece
-        parts = [
-            ops.flash_attn_func(q, k[:, a:b], v[:, a:b]) for a, b in zip(cuts, cuts[1:], strict=False)
-        ]
+        parts = [ops.flash_attn_func(q, k[:, a:b], v[:, a:b]) for a, b in pairwise(cuts)]
         outs = torch.stack([out for out, _ in parts])
         lses = torch.stack([lse.transpose(1, 2) for _, lse in parts])
         out, lse = fa3_ops.flash_attn_combine(outs, lses, out_dtype=dtype)

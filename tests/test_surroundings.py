@@ -43,13 +43,18 @@ class TestAutocast:
         assert lse.dtype == torch.float32
         assert torch.autograd.grad(out.sum(), q)[0].dtype == torch.float32
 
-    def test_varlen(self) -> None:
+    def test_functions_take_mixed_dtypes(self) -> None:
         q, k, v = (x.flatten(0, 1) for x in qkv())
-        cu_q, cu_k = ints(0, 6, 12), ints(0, 9, 18)
+        lengths = (ints(0, 6, 12), ints(0, 9, 18), 6, 9)
         with torch.autocast("cpu", torch.bfloat16):
-            out = fa3_ops.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 6, 9)
-        assert isinstance(out, Tensor)
-        assert out.dtype == torch.bfloat16
+            out = fa3_ops.flash_attn_varlen_func(q, k.bfloat16(), v, *lengths)
+            buffer = torch.empty(12, 4, 16, dtype=torch.bfloat16)
+            fa3_ops.flash_attn_varlen_func(q, k, v, *lengths, out=buffer)
+            dense = fa3_ops.flash_attn_func(q[None], k[None].half(), v[None])
+        want = fa3_ops.flash_attn_varlen_func(q.bfloat16(), k.bfloat16(), v.bfloat16(), *lengths)
+        assert torch.equal(out, want)
+        assert torch.equal(buffer, want)
+        assert dense.dtype == torch.bfloat16
 
     def test_a_cache_keeps_its_dtype_and_is_written(self) -> None:
         k_cache, v_cache = (rand(2, 8, 2, 16, dtype=torch.bfloat16) for _ in range(2))
@@ -65,6 +70,14 @@ class TestAutocast:
         assert out.dtype == torch.bfloat16
         assert torch.equal(v_cache[0, 3], v[0, 0].bfloat16())
         assert torch.equal(v_cache[1, 5], v[1, 0].bfloat16())
+
+    def test_fp8_is_never_the_product_of_a_cast(self) -> None:
+        cache = rand(2, 8, 2, 16).to(torch.float8_e4m3fn)
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            pytest.raises(TypeError, match=r"k_cache must have dtype torch\.float32 like q"),
+        ):
+            ops.flash_attn_with_kvcache(rand(2, 1, 4, 16), cache, cache.clone())
 
     def test_double_stays_double(self) -> None:
         with torch.autocast("cpu", torch.bfloat16):
@@ -158,7 +171,9 @@ class TestFlops:
         cache = rand(2, 8, 2, 16)
         q, qv = rand(2, 3, 4, 16), rand(2, 3, 4, 16)
         counts = self.count(
-            lambda: fa3_ops.flash_attn_with_kvcache(q, cache, cache, qv=qv, cache_seqlens=ints(5, 2))
+            lambda: fa3_ops.flash_attn_with_kvcache(
+                q, cache, cache, qv=qv, cache_seqlens=ints(5, 2)
+            )
         )
         assert counts == {"fa3npu.flash_attn_kvcache": 2 * 3 * (5 + 2) * 4 * (16 + 16 + 16)}
 

@@ -1,5 +1,6 @@
 #include "cpu/arguments.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -90,7 +91,8 @@ Cache::Cache(const Tensor& k_cache, const MaybeTensor& page_table,
     : batch_idx(cache_batch_idx, batch_size, "cache_batch_idx") {
   if (page_table) {
     check_dim(*page_table, 2, "page_table");
-    FA3_CHECK(page_table->scalar_type() == ScalarType::Int, "page_table must have dtype torch.int32");
+    FA3_CHECK(page_table->scalar_type() == ScalarType::Int,
+              "page_table must have dtype torch.int32");
     FA3_CHECK(page_table->stride(1) == 1 || page_table->size(1) <= 1,
               "page_table must have a contiguous last dimension, got stride ",
               page_table->stride(1));
@@ -150,10 +152,10 @@ AttentionCall::AttentionCall(const AttentionArguments& args) {
   a.headdim_v = v_.size(-1);
   FA3_CHECK(a.nheads_k > 0 && a.nheads % a.nheads_k == 0, "nheads of q (", a.nheads,
             ") must be a multiple of nheads_k (", a.nheads_k, ")");
-  FA3_CHECK(a.headdim >= 1 && a.headdim <= kMaxHeadDim && a.headdim_v >= 1 &&
-                a.headdim_v <= kMaxHeadDim,
-            "headdim and headdim_v must be in [1, ", kMaxHeadDim, "], got ", a.headdim, " and ",
-            a.headdim_v);
+  FA3_CHECK(
+      a.headdim >= 1 && a.headdim <= kMaxHeadDim && a.headdim_v >= 1 && a.headdim_v <= kMaxHeadDim,
+      "headdim and headdim_v must be in [1, ", kMaxHeadDim, "], got ", a.headdim, " and ",
+      a.headdim_v);
   FA3_CHECK(k_.size(-1) == a.headdim, "k must have the headdim of q, ", a.headdim, ", got ",
             shape_of(k_));
   for (int64_t i = 0; i < k_.dim() - 1; ++i)
@@ -193,12 +195,12 @@ AttentionCall::AttentionCall(const AttentionArguments& args) {
       capacity = cache->capacity();
     }
     s.k_len = seqused_k ? seqused_k[b] : capacity;
-    FA3_CHECK(s.k_len >= 0 && s.k_len <= capacity, args.seqused_k_name, "[", b,
-              "] must be in [0, ", capacity, "], got ", s.k_len);
+    FA3_CHECK(s.k_len >= 0 && s.k_len <= capacity, args.seqused_k_name, "[", b, "] must be in [0, ",
+              capacity, "], got ", s.k_len);
     if (cache) cache->resolve(b, s.k_len, s);
     if (leftpad) {
-      FA3_CHECK(leftpad[b] >= 0 && leftpad[b] <= s.k_len, "cache_leftpad[", b,
-                "] must be in [0, ", s.k_len, "], got ", leftpad[b]);
+      FA3_CHECK(leftpad[b] >= 0 && leftpad[b] <= s.k_len, "cache_leftpad[", b, "] must be in [0, ",
+                s.k_len, "], got ", leftpad[b]);
       s.k_begin += leftpad[b];
       s.k_len -= leftpad[b];
     }
@@ -250,10 +252,11 @@ AttentionCall::AttentionCall(const AttentionArguments& args) {
   FA3_CHECK(args.attention_chunk >= 0, "attention_chunk must be at least 0, got ",
             args.attention_chunk);
   FA3_CHECK(args.window_size.size() == 2, "window_size must be (left, right)");
+  constexpr int64_t kFar = int64_t(1) << 40;  // beyond any length; sums of it do not overflow
   a.softcap = args.softcap;
-  a.window_left = args.window_size[0];
-  a.window_right = args.causal ? 0 : args.window_size[1];
-  a.attention_chunk = args.attention_chunk;
+  a.window_left = std::min(args.window_size[0], kFar);
+  a.window_right = args.causal ? 0 : std::min(args.window_size[1], kFar);
+  a.attention_chunk = std::min(args.attention_chunk, kFar);
 }
 
 Scalars AttentionCall::lse_view(const Tensor& lse) const {

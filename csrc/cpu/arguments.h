@@ -1,5 +1,5 @@
-// From an operator's arguments to an Attention: shapes, dtypes, lengths and page ids are checked here,
-// before a kernel reads or writes anything.
+// From an operator's arguments to an Attention: shapes, dtypes, lengths and page ids are checked
+// here, before a kernel reads or writes anything.
 
 #pragma once
 

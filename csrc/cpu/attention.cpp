@@ -57,7 +57,8 @@ const Kernels& choose_kernels() {
     if (std::strcmp(k->name, wanted) == 0) return *k;
     names += (names.empty() ? "" : ", ") + std::string(k->name);
   }
-  FA3_CHECK(false, "FA3NPU_CPU_CAPABILITY must be one of ", names, " on this machine, got ", wanted);
+  FA3_CHECK(false, "FA3NPU_CPU_CAPABILITY must be one of ", names, " on this machine, got ",
+            wanted);
   return *supported.front();
 }
 

@@ -1,5 +1,5 @@
-// One attention call as plain data: what the operators build after checking their arguments and what
-// the kernels read. Nothing here owns memory or depends on an instruction set.
+// One attention call as plain data: what the operators build after checking their arguments and
+// what the kernels read. Nothing here owns memory or depends on an instruction set.
 
 #pragma once
 
@@ -13,9 +13,10 @@ namespace fa3npu {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kRowTile = 64;    // query rows (position x head of a group) that share K and V
-constexpr int64_t kKeyBlock = 64;   // keys per step of the online softmax, aligned to absolute positions
-constexpr int64_t kChunk = 1024;    // keys per partial result; partial results merge in order
+constexpr int64_t kRowTile = 64;  // query rows (position x head of a group) that share K and V
+constexpr int64_t kKeyBlock =
+    64;  // keys per step of the online softmax, aligned to absolute positions
+constexpr int64_t kChunk = 1024;  // keys per partial result; partial results merge in order
 constexpr int64_t kMaxHeadDim = 512;
 
 // A tensor of head vectors, each contiguous. Strides are in bytes.
@@ -36,7 +37,8 @@ struct Scalars {
   float get(int64_t b, int64_t h, float otherwise) const { return data ? at(b, 0, h) : otherwise; }
 };
 
-// Where the rows of one batch entry lie. Lengths and page ids have been checked against the tensors.
+// Where the rows of one batch entry lie. Lengths and page ids have been checked against the
+// tensors.
 struct Sequence {
   int64_t q_batch, q_begin, q_len;
   int64_t k_batch, k_begin, k_len;
@@ -102,8 +104,9 @@ inline int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
 
-// The kernels of one instruction set. `scratch` is scratch_bytes(a) of uninitialised memory; a state
-// is state_bytes(a) and holds a partial result: for each row its maximum, sum and unscaled output.
+// The kernels of one instruction set. `scratch` is scratch_bytes(a) of uninitialised memory; a
+// state is state_bytes(a) and holds a partial result: for each row its maximum, sum and unscaled
+// output.
 struct Kernels {
   const char* name;
   void (*forward_chunk)(const Attention& a, const RowTile& t, int64_t chunk, char* state,

@@ -27,8 +27,9 @@ std::tuple<Tensor, Tensor> flash_attn_combine(Tensor out_partial_, Tensor lse_pa
                 lse_partial.scalar_type() == ScalarType::Float,
             "out_partial and lse_partial must have dtype torch.float32");
   const ScalarType dtype = out_dtype.value_or(ScalarType::Float);
-  FA3_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-            "out_dtype must be torch.float32, torch.float16 or torch.bfloat16");
+  FA3_CHECK(
+      dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+      "out_dtype must be torch.float32, torch.float16 or torch.bfloat16");
 
   const Tensor out_partial = contiguous_rows(out_partial_);
   const int64_t splits = out_partial.size(0), batch = dim == 5 ? out_partial.size(1) : 1;
@@ -53,8 +54,8 @@ std::tuple<Tensor, Tensor> flash_attn_combine(Tensor out_partial_, Tensor lse_pa
   torch::stable::parallel_for(0, batch * seqlen * nheads, 64, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t b = r / (seqlen * nheads), i = r / nheads % seqlen, h = r % nheads;
-      const float* row = out_data + b * out_batch + i * out_partial.stride(-3) +
-                         h * out_partial.stride(-2);
+      const float* row =
+          out_data + b * out_batch + i * out_partial.stride(-3) + h * out_partial.stride(-2);
       const float* row_lse =
           lse_data + b * lse_batch + i * lse_partial.stride(-2) + h * lse_partial.stride(-1);
       const auto lse_of = [&](int64_t split) {  // FlashAttention-2 says +inf where no key is seen
@@ -70,8 +71,7 @@ std::tuple<Tensor, Tensor> flash_attn_combine(Tensor out_partial_, Tensor lse_pa
       for (int64_t s = 0; s < splits; ++s) {
         const float weight = std::exp(lse_of(s) - base) / total;
         if (!(weight != 0) || total == 0) continue;  // an empty part may hold anything
-        for (int64_t c = 0; c < headdim; ++c)
-          out[c] += weight * row[s * out_partial.stride(0) + c];
+        for (int64_t c = 0; c < headdim; ++c) out[c] += weight * row[s * out_partial.stride(0) + c];
       }
       to_lse[(b * nheads + h) * seqlen + i] = base + std::log(total);
     }

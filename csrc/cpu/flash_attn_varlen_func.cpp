@@ -1,4 +1,5 @@
-// flash_attn_varlen_func, its .out overload and its backward on CPU: packed (total, nheads, headdim).
+// flash_attn_varlen_func, its .out overload and its backward on CPU: packed (total, nheads,
+// headdim).
 
 #include <torch/csrc/stable/library.h>
 

@@ -21,9 +21,9 @@ void kvcache_append_(Tensor k_, Tensor v_, Tensor k_cache, Tensor v_cache, Tenso
     FA3_CHECK(x.dim() == (packed ? 3 : 4) && (packed || x.size(0) == batch) &&
                   x.size(-2) == cache.size(2) && x.size(-1) == cache.size(3),
               name, " must have the batch, nheads_k and headdim of the call, got ", shape_of(x));
-    FA3_CHECK(x.scalar_type() == k_cache.scalar_type() &&
-                  cache.scalar_type() == k_cache.scalar_type(),
-              name, " and its cache must have the dtype of k_cache");
+    FA3_CHECK(
+        x.scalar_type() == k_cache.scalar_type() && cache.scalar_type() == k_cache.scalar_type(),
+        name, " and its cache must have the dtype of k_cache");
   };
   check_pair(k_, k_cache, "k");
   check_pair(v_, v_cache, "v");
@@ -46,9 +46,9 @@ void kvcache_append_(Tensor k_, Tensor v_, Tensor k_cache, Tensor v_cache, Tenso
   }
 
   struct Row {
-    int64_t batch, row;          // of k and v
-    int64_t to_batch, to_row;    // of the cache
-    int64_t position;            // for the rotation
+    int64_t batch, row;        // of k and v
+    int64_t to_batch, to_row;  // of the cache
+    int64_t position;          // for the rotation
   };
   std::vector<Row> rows;
   for (int64_t b = 0; b < batch; ++b) {

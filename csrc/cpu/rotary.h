@@ -14,10 +14,12 @@ struct Rotary {
   Rotary(const Tensor& rotary_cos, const Tensor& rotary_sin, ScalarType dtype, int64_t headdim,
          bool interleaved);
   void check(int64_t position, int64_t count, int64_t b) const;
-  void rotate(const char* from, char* to, ScalarType dtype, int64_t headdim, int64_t position) const;
+  void rotate(const char* from, char* to, ScalarType dtype, int64_t headdim,
+              int64_t position) const;
 };
 
-// Copies rows of (batch, seqlen, nheads, headdim) or packed tensors, rotated where there is a Rotary.
+// Copies rows of (batch, seqlen, nheads, headdim) or packed tensors, rotated where there is a
+// Rotary.
 void copy_row(const char* from, char* to, ScalarType dtype, int64_t headdim, const Rotary* rotary,
               int64_t position);
 

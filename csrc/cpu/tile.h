@@ -1,10 +1,10 @@
-// The attention loop over one tile of query rows, and its gradient. tile_*.cpp compile this file once
-// per instruction set, each in its own namespace; the vectors are the compiler's, 64 bytes wide, which
-// it maps to one, two or four registers.
+// The attention loop over one tile of query rows, and its gradient. tile_*.cpp compile this file
+// once per instruction set, each in its own namespace; the vectors are the compiler's, 64 bytes
+// wide, which it maps to one, two or four registers.
 //
 // Bits: an element of a product is always summed in the order of its index, a row's softmax never
-// mixes with another row's, and masked keys add exact zeros. So a row's result does not depend on the
-// tile, the batch or the thread that computed it.
+// mixes with another row's, and masked keys add exact zeros. So a row's result does not depend on
+// the tile, the batch or the thread that computed it.
 
 // No include guard and no includes: see tile_*.cpp.
 
@@ -48,7 +48,8 @@ INLINE void fill(T* p, int64_t n, T value) {
   for (int64_t i = 0; i < n; ++i) p[i] = value;
 }
 
-// ---- exp: at most 2 ulp up to 88, exact at 0, 0 below the smallest normal; NaN stays NaN -----------
+// ---- exp: at most 2 ulp up to 88, exact at 0, 0 below the smallest normal; NaN stays NaN
+// -----------
 
 // e^x = 2^n (1 + q), |q| <= 0.42, for -87.3 <= x <= 88.3
 struct Exponential {
@@ -123,7 +124,8 @@ INLINE T greater(T a, T b) {
   return b > a ? b : a;
 }
 
-// ---- C (+)= A B: the one product ------------------------------------------------------------------
+// ---- C (+)= A B: the one product
+// ------------------------------------------------------------------
 
 template <class T, int R, int C, bool SkipZero>
 INLINE void product_block(int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b,
@@ -155,9 +157,9 @@ INLINE void product_rows(int64_t columns, int64_t depth, const T* a, int64_t a_r
     product_block<T, R, 1, SkipZero>(depth, a, a_row, a_col, b + n, ldb, c + n, ldc, accumulate);
 }
 
-// C[rows, columns] (+)= A[rows, depth] B[depth, columns]. A is read at a_row and a_col strides (so it
-// may be a transpose); columns is a multiple of the lanes. With skip_zero an exact zero of A removes
-// what it would multiply: a NaN behind a masked key must not reach the row.
+// C[rows, columns] (+)= A[rows, depth] B[depth, columns]. A is read at a_row and a_col strides (so
+// it may be a transpose); columns is a multiple of the lanes. With skip_zero an exact zero of A
+// removes what it would multiply: a NaN behind a masked key must not reach the row.
 template <class T>
 void product(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_col,
              const T* b, int64_t ldb, T* c, int64_t ldc, bool accumulate, bool skip_zero) {
@@ -176,7 +178,8 @@ void product(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a
                                               c + r * ldc, ldc, accumulate);
 }
 
-// ---- loads and stores -----------------------------------------------------------------------------
+// ---- loads and stores
+// -----------------------------------------------------------------------------
 
 INLINE float half_to_float(uint16_t h) {  // branch-free, so that a loop of it is vector code
   const uint32_t sign = uint32_t(h & 0x8000u) << 16;
@@ -245,7 +248,8 @@ bool all_finite(const T* x, int64_t n) {
   return sum<T>(zeros) == T(0);
 }
 
-// ---- tiles in scratch memory ----------------------------------------------------------------------
+// ---- tiles in scratch memory
+// ----------------------------------------------------------------------
 
 // Cuts scratch memory into arrays, each on its own cache lines.
 struct Arena {
@@ -263,8 +267,8 @@ constexpr int64_t padded(int64_t n) {
   return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
-// A block of up to kKeyBlock rows of K or V, as rows[j][ld] and transposed[column][kKeyBlock], either
-// of them null where it is not needed. Rows past `count` and columns past `width` are zero.
+// A block of up to kKeyBlock rows of K or V, as rows[j][ld] and transposed[column][kKeyBlock],
+// either of them null where it is not needed. Rows past `count` and columns past `width` are zero.
 template <class T>
 struct KeyTile {
   T *rows, *transposed;
@@ -371,7 +375,8 @@ struct QueryTile {
   }
 };
 
-// ---- forward --------------------------------------------------------------------------------------
+// ---- forward
+// --------------------------------------------------------------------------------------
 
 // A partial result of a row tile: maximum, sum and unscaled output of each row.
 template <class T>
@@ -397,7 +402,8 @@ void empty_state_(const Attention& a, char* at) {
 // One step of the online softmax for row r: turns its scores into probabilities relative to the new
 // maximum and rescales what was summed before. A block that the row does not see changes nothing.
 template <class T>
-void softmax_step(const QueryTile<T>& q, int64_t r, int64_t block, T* scores, const State<T>& state) {
+void softmax_step(const QueryTile<T>& q, int64_t r, int64_t block, T* scores,
+                  const State<T>& state) {
   T* row = scores + r * kKeyBlock;
   Vec<T> top = Vec<T>{} - T(kInf);
   for (int64_t lane = 0; lane < kKeyBlock; lane += kLanes<T>) {
@@ -484,9 +490,10 @@ void finish_(const Attention& a, const RowTile& t, const char* at) {
   }
 }
 
-// ---- backward -------------------------------------------------------------------------------------
-// P = exp(S - LSE) and dS = P (dP - delta), delta = rowsum(dout out) - dLSE, are computed again in both
-// passes, so that each gradient has one owner and no sum depends on a schedule.
+// ---- backward
+// ------------------------------------------------------------------------------------- P = exp(S -
+// LSE) and dS = P (dP - delta), delta = rowsum(dout out) - dLSE, are computed again in both passes,
+// so that each gradient has one owner and no sum depends on a schedule.
 
 template <class T>
 struct GradientTile {
@@ -537,13 +544,14 @@ struct GradientTile {
         Vec<T>& ds_ = vec(ds + r * kKeyBlock + lane);
         Vec<T> capped;
         const Vec<T> x = q.logits(r, block, lane, p_, &capped);
-        p_ = exp_(x - lse[r]);
+        const auto masked = x == -T(kInf);  // not even a NaN of the row reaches a masked key
+        p_ = masked ? Vec<T>{} : exp_(x - lse[r]);
         Vec<T> gradient = p_ * (ds_ - delta[r]) * T(a.softmax_scale);
         if (a.softcap > 0) {
           capped /= T(a.softcap);
           gradient *= T(1) - capped * capped;
         }
-        ds_ = x == -T(kInf) ? Vec<T>{} : gradient;
+        ds_ = masked ? Vec<T>{} : gradient;
       }
     }
   }
@@ -565,7 +573,8 @@ void backward_dq_(const Attention& a, const RowTile& t, char* scratch) {
     k.load(a, a.k, s, block, count, t.head_k);
     v.load(a, a.v, s, block, count, t.head_k);
     g.differentiate(block, k, v);
-    product<T>(g.q.rows, k.ld, count, g.ds, kKeyBlock, 1, k.rows, k.ld, dq, k.ld, true, !k.finite());
+    product<T>(g.q.rows, k.ld, count, g.ds, kKeyBlock, 1, k.rows, k.ld, dq, k.ld, true,
+               !k.finite());
   }
   for (int64_t r = 0; r < g.q.rows; ++r)
     store_row<T>(dq + r * k.ld, 1, a.dq.dtype, a.headdim,
@@ -615,9 +624,11 @@ void backward_dkdv_(const Attention& a, int64_t sequence, int64_t head_k, int64_
   }
 }
 
-// ---- the table ------------------------------------------------------------------------------------
+// ---- the table
+// ------------------------------------------------------------------------------------
 
-void forward_chunk(const Attention& a, const RowTile& t, int64_t chunk, char* state, char* scratch) {
+void forward_chunk(const Attention& a, const RowTile& t, int64_t chunk, char* state,
+                   char* scratch) {
   (a.is_double() ? forward_chunk_<double> : forward_chunk_<float>)(a, t, chunk, state, scratch);
 }
 void empty_state(const Attention& a, char* state) {
@@ -639,5 +650,5 @@ void backward_dkdv(const Attention& a, int64_t sequence, int64_t head_k, int64_t
 }
 
 extern const Kernels table;
-const Kernels table = {FA3NPU_NAME,  forward_chunk, empty_state, merge_state,
-                       finish,       backward_dq,   backward_dkdv};
+const Kernels table = {FA3NPU_NAME, forward_chunk, empty_state,  merge_state,
+                       finish,      backward_dq,   backward_dkdv};

@@ -491,3 +491,50 @@ class TestGetSchedulerMetadata:
             4, 1, 2048, 8, 2, 64, seqlens, max_seqlen_k_new=1, num_splits=3, causal=True
         )
         assert longer.tolist() == [1, 1, 2, 2]
+
+
+class TestBitwise:
+    """A row has the same bits however its sequence was computed."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize(
+        "options", [{}, {"window_size": (300, 0)}, {"softcap": 8.0, "sinks": True}], ids=str
+    )
+    def test_training_prefill_chunks_and_decode(
+        self, dtype: torch.dtype, options: dict[str, Any]
+    ) -> None:
+        torch.manual_seed(0)
+        seqlen, nheads, nheads_k, d, page_size = 1200, 6, 2, 40, 24
+        options = options | ({"sinks": rand(nheads)} if options.get("sinks") else {})
+        q, k, v = (rand(seqlen, h, d, dtype=dtype) for h in (nheads, nheads_k, nheads_k))
+        neighbour = [rand(77, h, d, dtype=dtype) for h in (nheads, nheads_k, nheads_k)]
+        packed = [torch.cat([n, x]) for n, x in zip(neighbour, (q, k, v), strict=True)]
+        cu = ints(0, 77, 77 + seqlen)
+        want = fa3_ops.flash_attn_varlen_func(
+            *(*packed, cu, cu, seqlen, seqlen), causal=True, return_attn_probs=True, **options
+        )
+        out, lse = want[0][77:], want[1][:, 77:]
+
+        dense = fa3_ops.flash_attn_func(
+            *(x[None] for x in (q, k, v)), causal=True, return_attn_probs=True, **options
+        )
+        assert torch.equal(dense[0][0], out)
+        assert torch.equal(dense[1][0], lse)
+
+        pages = seqlen // page_size
+        table = torch.randperm(pages).int()[None]
+        caches = [rand(pages, page_size, nheads_k, d, dtype=dtype) for _ in range(2)]
+        cuts = [0, 1, 65, 400, 1023, 1025, 1190, *range(1191, seqlen + 1)]
+        for first, last in pairwise(cuts):  # prefill in odd chunks, then decode token by token
+            part = slice(first, last)
+            got_out, got_lse = fa3_ops.flash_attn_with_kvcache(
+                *(q[None, part], *caches, k[None, part], v[None, part]),
+                cache_seqlens=first,
+                page_table=table,
+                causal=True,
+                return_softmax_lse=True,
+                num_splits=first % 4,
+                **options,
+            )
+            assert torch.equal(got_out[0], out[part])
+            assert torch.equal(got_lse[0], lse[:, part])

@@ -19,10 +19,11 @@ def _version(distribution: str) -> str:
 
 
 def versions() -> list[Row]:
-    names = ("torch", "torch_npu", "triton", "flash_attn_npu")
+    names = ("torch_npu", "triton", "flash_attn_npu")
     return [
         ("fa3_ops", _version("fa3_ops")),
         ("python", platform.python_version()),
+        ("torch", torch.__version__),
         *((name, _version(name)) for name in names),
     ]
 

@@ -31,7 +31,8 @@ void check_dim(const Tensor& t, int64_t dim, const char* name) {
 }
 
 void check_dtype(const Tensor& t, ScalarType dtype, const char* name) {
-  FA3_CHECK(t.scalar_type() == dtype, name, " must have the dtype that the call asks for");
+  FA3_CHECK(t.scalar_type() == dtype, name, " must have dtype ", torch::headeronly::toString(dtype),
+            ", got ", torch::headeronly::toString(t.scalar_type()));
 }
 
 void check_shape(const Tensor& t, std::vector<int64_t> shape, const char* name) {
@@ -130,13 +131,11 @@ Tensor contiguous_rows(const Tensor& t) {
   return t.stride(-1) == 1 || t.size(-1) == 1 ? t : torch::stable::contiguous(t);
 }
 
-AttentionCall::AttentionCall(const AttentionArguments& args) {
-  Attention& a = attention;
+AttentionCall::AttentionCall(const AttentionArguments& args)
+    : packed_q_(args.cu_seqlens_q.has_value()), packed_k_(args.cu_seqlens_k.has_value()) {
   const ScalarType dtype = args.q.scalar_type();
   FA3_CHECK(is_attention_dtype(dtype),
             "q must be float64, float32, float16, bfloat16 or float8_e4m3fn");
-  packed_q_ = args.cu_seqlens_q.has_value();
-  packed_k_ = args.cu_seqlens_k.has_value();
   check_dim(args.q, packed_q_ ? 3 : 4, "q");
   check_dim(args.k, packed_k_ ? 3 : 4, "k");
   check_dim(args.v, packed_k_ ? 3 : 4, "v");
@@ -145,7 +144,16 @@ AttentionCall::AttentionCall(const AttentionArguments& args) {
   q_ = contiguous_rows(args.q);
   k_ = contiguous_rows(args.k);
   v_ = contiguous_rows(args.v);
+  attention.q = rows_of(q_);
+  attention.k = rows_of(k_);
+  attention.v = rows_of(v_);
+  set_heads();
+  set_sequences(args);
+  set_scores(args);
+}
 
+void AttentionCall::set_heads() {
+  Attention& a = attention;
   a.nheads = q_.size(-2);
   a.nheads_k = k_.size(-2);
   a.headdim = q_.size(-1);
@@ -161,10 +169,11 @@ AttentionCall::AttentionCall(const AttentionArguments& args) {
   for (int64_t i = 0; i < k_.dim() - 1; ++i)
     FA3_CHECK(k_.size(i) == v_.size(i), "v must have the shape of k up to headdim, ", shape_of(k_),
               ", got ", shape_of(v_));
+}
 
-  a.batch_size = packed_q_ ? args.cu_seqlens_q->size(0) - 1 : q_.size(0);
-  FA3_CHECK(a.batch_size >= 0, "cu_seqlens_q must have batch_size + 1 entries, got 0");
-  const int64_t batch = a.batch_size;
+void AttentionCall::set_sequences(const AttentionArguments& args) {
+  const int64_t batch = packed_q_ ? args.cu_seqlens_q->size(0) - 1 : q_.size(0);
+  FA3_CHECK(batch >= 0, "cu_seqlens_q must have batch_size + 1 entries, got 0");
   const Lengths cu_seqlens_q(args.cu_seqlens_q, batch + 1, "cu_seqlens_q");
   const Lengths cu_seqlens_k(args.cu_seqlens_k, batch + 1, "cu_seqlens_k");
   const Lengths seqused_q(args.seqused_q, batch, "seqused_q");
@@ -173,7 +182,6 @@ AttentionCall::AttentionCall(const AttentionArguments& args) {
   std::optional<Cache> cache;
   if (!packed_k_) cache.emplace(k_, args.page_table, args.cache_batch_idx, batch);
 
-  sequences_.reserve(batch);
   for (int64_t b = 0; b < batch; ++b) {
     Sequence s{b, 0, packed_q_ ? 0 : q_.size(1), 0, 0, 0, nullptr};
     if (packed_q_) {
@@ -186,14 +194,11 @@ AttentionCall::AttentionCall(const AttentionArguments& args) {
                 s.q_len, "], got ", seqused_q[b]);
       s.q_len = seqused_q[b];
     }
-    int64_t capacity;
     if (packed_k_) {
       check_segment(cu_seqlens_k, b, k_.size(0), "cu_seqlens_k");
       s.k_begin = cu_seqlens_k[b];
-      capacity = cu_seqlens_k[b + 1] - s.k_begin;
-    } else {
-      capacity = cache->capacity();
     }
+    const int64_t capacity = packed_k_ ? cu_seqlens_k[b + 1] - s.k_begin : cache->capacity();
     s.k_len = seqused_k ? seqused_k[b] : capacity;
     FA3_CHECK(s.k_len >= 0 && s.k_len <= capacity, args.seqused_k_name, "[", b, "] must be in [0, ",
               capacity, "], got ", s.k_len);
@@ -206,42 +211,42 @@ AttentionCall::AttentionCall(const AttentionArguments& args) {
     }
     sequences_.push_back(s);
   }
-  a.sequences = sequences_.data();
-  a.page_size = cache ? cache->page_size : 0;
+  attention.batch_size = batch;
+  attention.sequences = sequences_.data();
+  attention.page_size = cache ? cache->page_size : 0;
+}
 
-  a.q = rows_of(q_);
-  a.k = rows_of(k_);
-  a.v = rows_of(v_);
+void AttentionCall::set_scores(const AttentionArguments& args) {
+  Attention& a = attention;
   if (args.qv) {
-    std::vector<int64_t> shape;
-    for (int64_t i = 0; i < q_.dim() - 1; ++i) shape.push_back(q_.size(i));
-    shape.push_back(a.headdim_v);
-    check_shape(*args.qv, shape, "qv");
-    check_dtype(*args.qv, dtype, "qv");
+    check_shape(*args.qv, shape_like_q(a.headdim_v), "qv");
+    check_dtype(*args.qv, a.q.dtype, "qv");
     kept_.push_back(contiguous_rows(*args.qv));
     a.qv = rows_of(kept_.back());
   }
   const auto descale = [&](const MaybeTensor& t, const char* name) {
-    if (!t || dtype != ScalarType::Float8_e4m3fn) return Scalars();
-    check_shape(*t, {batch, a.nheads_k}, name);
+    if (!t || a.q.dtype != ScalarType::Float8_e4m3fn) return Scalars();
+    check_shape(*t, {a.batch_size, a.nheads_k}, name);
     check_dtype(*t, ScalarType::Float, name);
     return scalars_of(*t);
   };
   a.q_descale = descale(args.q_descale, "q_descale");
   a.k_descale = descale(args.k_descale, "k_descale");
   a.v_descale = descale(args.v_descale, "v_descale");
+  const auto as_float = [&](const Tensor& t) {
+    kept_.push_back(torch::stable::to(t, ScalarType::Float));
+    return scalars_of(kept_.back());
+  };
   if (args.alibi_slopes) {
-    if (args.alibi_slopes->dim() == 2)
-      check_shape(*args.alibi_slopes, {batch, a.nheads}, "alibi_slopes");
-    else
-      check_shape(*args.alibi_slopes, {a.nheads}, "alibi_slopes");
-    kept_.push_back(torch::stable::to(*args.alibi_slopes, ScalarType::Float));
-    a.alibi_slopes = scalars_of(kept_.back());
+    const bool per_batch = args.alibi_slopes->dim() == 2;
+    check_shape(*args.alibi_slopes,
+                per_batch ? std::vector<int64_t>{a.batch_size, a.nheads} : std::vector{a.nheads},
+                "alibi_slopes");
+    a.alibi_slopes = as_float(*args.alibi_slopes);
   }
   if (args.sinks) {
     check_shape(*args.sinks, {a.nheads}, "sinks");
-    kept_.push_back(torch::stable::to(*args.sinks, ScalarType::Float));
-    a.sinks = scalars_of(kept_.back());
+    a.sinks = as_float(*args.sinks);
   }
 
   const int64_t qk_width = a.headdim + (args.qv ? a.headdim_v : 0);
@@ -257,6 +262,18 @@ AttentionCall::AttentionCall(const AttentionArguments& args) {
   a.window_left = std::min(args.window_size[0], kFar);
   a.window_right = args.causal ? 0 : std::min(args.window_size[1], kFar);
   a.attention_chunk = std::min(args.attention_chunk, kFar);
+}
+
+std::vector<int64_t> AttentionCall::shape_like_q(int64_t width) const {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < q_.dim() - 1; ++i) shape.push_back(q_.size(i));
+  shape.push_back(width);
+  return shape;
+}
+
+std::vector<int64_t> AttentionCall::lse_shape() const {
+  if (packed_q_) return {attention.nheads, q_.size(0)};
+  return {q_.size(0), attention.nheads, q_.size(1)};
 }
 
 Scalars AttentionCall::lse_view(const Tensor& lse) const {
@@ -282,9 +299,7 @@ bool AttentionCall::covers_k() const {
 
 std::tuple<Tensor, Tensor> AttentionCall::forward(MaybeTensor out) {
   Attention& a = attention;
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i < q_.dim() - 1; ++i) shape.push_back(q_.size(i));
-  shape.push_back(a.headdim_v);
+  const std::vector<int64_t> shape = shape_like_q(a.headdim_v);
   const ScalarType dtype =
       a.q.dtype == ScalarType::Float8_e4m3fn ? ScalarType::BFloat16 : a.q.dtype;
   if (out) {
@@ -295,10 +310,7 @@ std::tuple<Tensor, Tensor> AttentionCall::forward(MaybeTensor out) {
   } else {
     out = torch::stable::new_empty(q_, shape, dtype);
   }
-  const std::vector<int64_t> lse_shape =
-      packed_q_ ? std::vector<int64_t>{a.nheads, q_.size(0)}
-                : std::vector<int64_t>{q_.size(0), a.nheads, q_.size(1)};
-  Tensor lse = torch::stable::new_empty(q_, lse_shape, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(q_, lse_shape(), ScalarType::Float);
   if (!covers_q()) {
     torch::stable::zero_(*out);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
@@ -315,30 +327,22 @@ std::tuple<Tensor, Tensor, Tensor> AttentionCall::backward(const Tensor& dout_, 
   Attention& a = attention;
   FA3_CHECK(a.q.dtype != ScalarType::Float8_e4m3fn, "float8_e4m3fn has no backward");
   const Tensor dout = contiguous_rows(dout_), out = contiguous_rows(out_);
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i < q_.dim() - 1; ++i) shape.push_back(q_.size(i));
-  shape.push_back(a.headdim_v);
-  check_shape(dout, shape, "dout");
-  check_shape(out, shape, "out");
+  check_shape(dout, shape_like_q(a.headdim_v), "dout");
+  check_shape(out, shape_like_q(a.headdim_v), "out");
   check_dtype(dout, a.q.dtype, "dout");
   check_dtype(out, a.q.dtype, "out");
-  const std::vector<int64_t> lse_shape =
-      packed_q_ ? std::vector<int64_t>{a.nheads, q_.size(0)}
-                : std::vector<int64_t>{q_.size(0), a.nheads, q_.size(1)};
-  check_shape(softmax_lse, lse_shape, "softmax_lse");
+  check_shape(softmax_lse, lse_shape(), "softmax_lse");
   check_dtype(softmax_lse, ScalarType::Float, "softmax_lse");
   a.dout = rows_of(dout);
   a.out = rows_of(out);
   a.softmax_lse = lse_view(softmax_lse);
   if (dsoftmax_lse) {
-    check_shape(*dsoftmax_lse, lse_shape, "dsoftmax_lse");
+    check_shape(*dsoftmax_lse, lse_shape(), "dsoftmax_lse");
     check_dtype(*dsoftmax_lse, ScalarType::Float, "dsoftmax_lse");
     a.dsoftmax_lse = lse_view(*dsoftmax_lse);
   }
   const auto gradient_of = [](const Tensor& t, bool covered) {
-    std::vector<int64_t> sizes;
-    for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
-    Tensor gradient = torch::stable::new_empty(t, sizes);
+    Tensor gradient = torch::stable::new_empty(t, t.sizes());
     if (!covered) torch::stable::zero_(gradient);
     return gradient;
   };

@@ -81,6 +81,11 @@ class AttentionCall {
                                               const MaybeTensor& dsoftmax_lse);
 
  private:
+  void set_heads();
+  void set_sequences(const AttentionArguments& args);  // lengths, pages
+  void set_scores(const AttentionArguments& args);     // scale, masks, biases
+  std::vector<int64_t> shape_like_q(int64_t width) const;
+  std::vector<int64_t> lse_shape() const;
   Scalars lse_view(const Tensor& lse) const;
   bool covers_q() const, covers_k() const;
 

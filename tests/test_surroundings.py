@@ -70,6 +70,9 @@ class TestAutocast:
         assert out.dtype == torch.bfloat16
         assert torch.equal(v_cache[0, 3], v[0, 0].bfloat16())
         assert torch.equal(v_cache[1, 5], v[1, 0].bfloat16())
+        with torch.autocast("cpu", torch.float16):
+            read, _ = ops.flash_attn_kvcache(q, k_cache, v_cache)
+        assert torch.equal(read, ops.flash_attn_kvcache(q.bfloat16(), k_cache, v_cache)[0])
 
     def test_fp8_is_never_the_product_of_a_cast(self) -> None:
         cache = rand(2, 8, 2, 16).to(torch.float8_e4m3fn)

@@ -56,8 +56,7 @@ sanitize: $(VENV)/packages
 		$(BIN)/pytest tests/test_golden.py tests/test_operators.py tests/test_errors.py
 
 upstream: $(VENV)/build
-	@$(BIN)/python -m pytest -p tests.upstream.conftest --sample 200 \
-		"$(FLASH_ATTENTION)/hopper/test_flash_attn.py"
+	@FLASH_ATTENTION="$(FLASH_ATTENTION)" $(BIN)/python -m pytest tests/upstream --sample 200
 
 clean:
 	rm -rf $(VENV) build fa3_ops/*.so *.egg-info

@@ -170,6 +170,14 @@ class TestFlashAttnFuncBackward:
         call = {"q": rand(1, 70, 4, d), "k": rand(1, 130, 2, d), "v": rand(1, 130, 2, dv)}
         check_gradients(lambda **c: ops.flash_attn_func(**c), call | {"causal": True})
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_one_key_has_no_gradient_through_the_softmax(self, dtype: torch.dtype) -> None:
+        q, k, v = (rand(2, n, 3, 72, dtype=dtype, grad=True) for n in (5, 1, 1))
+        out, _ = ops.flash_attn_func(q, k, v)
+        dq, dk, _ = torch.autograd.grad(out, (q, k, v), rand(2, 5, 3, 72, dtype=dtype))
+        assert torch.equal(dq, torch.zeros_like(dq))
+        assert torch.equal(dk, torch.zeros_like(dk))
+
     def test_gradcheck(self) -> None:
         qkv = [
             rand(1, n, h, 5, dtype=torch.float64, grad=True) for n, h in ((4, 2), (6, 1), (6, 1))

@@ -504,7 +504,7 @@ struct GradientTile {
   GradientTile(const Attention& a, const RowTile& t, Arena& arena)
       : q(a, t, arena), width(padded<T>(a.headdim_v)) {
     dout = arena.take<T>(kRowTile * width);
-    out = arena.take<T>(width);
+    out = arena.take<T>(kRowTile * width);
     lse = arena.take<T>(kRowTile);
     delta = arena.take<T>(kRowTile);
     p = arena.take<T>(kRowTile * kKeyBlock);
@@ -517,14 +517,16 @@ struct GradientTile {
       const int64_t i = q.s.q_begin + q.position[r], head = q.head(r);
       T* row = dout + r * width;
       load_row(a.dout.at(q.s.q_batch, i, head), a.dout.dtype, a.headdim_v, row);
-      load_row(a.out.at(q.s.q_batch, i, head), a.out.dtype, a.headdim_v, out);
-      for (int64_t c = a.headdim_v; c < width; ++c) row[c] = out[c] = T(0);
-      Vec<T> dot{};
-      for (int64_t c = 0; c < width; c += kLanes<T>) dot += vec(row + c) * vec(out + c);
+      load_row(a.out.at(q.s.q_batch, i, head), a.out.dtype, a.headdim_v, out + r * width);
+      for (int64_t c = a.headdim_v; c < width; ++c) row[c] = T(0);
       lse[r] = a.softmax_lse.at(q.s.q_batch, i, head);
-      delta[r] = sum<T>(dot);
-      if (a.dsoftmax_lse.data) delta[r] -= a.dsoftmax_lse.at(q.s.q_batch, i, head);
+      delta[r] = T(0);
     }
+    // In the order of dP's sum: where a row sees one key, dP - delta is then exactly 0.
+    for (int64_t c = 0; c < a.headdim_v; ++c)
+      for (int64_t r = 0; r < q.rows; ++r) delta[r] += dout[r * width + c] * out[r * width + c];
+    for (int64_t r = 0; a.dsoftmax_lse.data && r < q.rows; ++r)
+      delta[r] -= a.dsoftmax_lse.at(q.s.q_batch, q.s.q_begin + q.position[r], q.head(r));
   }
 
   // p and ds of the rows against the keys of one block

@@ -58,7 +58,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     hopper = Path(checkout).resolve() / "hopper"
     if not (hopper / "test_flash_attn.py").is_file():
-        raise pytest.UsageError(f"{checkout} has no hopper/test_flash_attn.py")
+        raise pytest.UsageError(f"FLASH_ATTENTION={checkout!r} has no hopper/test_flash_attn.py")
     # hopper/ has a flash_attn_interface.py of its own, for CUDA: ours comes first.
     sys.path[:0] = [str(HERE.parents[1] / "compat" / "flash_attn_interface"), str(hopper)]
     import flash_attn_interface
@@ -81,9 +81,11 @@ ITERATIONS = {"test_flash_attn_race_condition": 1000, "test_flash_attn_cluster":
 
 
 def _size(item: pytest.Function) -> int:
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    iterations = ITERATIONS.get(item.originalname, 1)
-    return parameters.get("seqlen_q", 0) * parameters.get("seqlen_k", 0) * iterations
+    """Scores of one head, times the iterations; about as many elements where there are parts."""
+    p = item.callspec.params if hasattr(item, "callspec") else {}
+    if item.originalname == "test_flash_attn_combine":  # up to 60 GB
+        return p["num_splits"] * p["seqlen"] * p["d"] // 64
+    return p.get("seqlen_q", 0) * p.get("seqlen_k", 0) * ITERATIONS.get(item.originalname, 1)
 
 
 @pytest.hookimpl(trylast=True)  # after -k

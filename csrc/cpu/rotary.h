@@ -18,8 +18,7 @@ struct Rotary {
               int64_t position) const;
 };
 
-// Copies rows of (batch, seqlen, nheads, headdim) or packed tensors, rotated where there is a
-// Rotary.
+// Copies one head vector, rotated if there is a Rotary.
 void copy_row(const char* from, char* to, ScalarType dtype, int64_t headdim, const Rotary* rotary,
               int64_t position);
 

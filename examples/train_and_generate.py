@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 # Read when torch is imported: OpenMP threads that spin for long starve others on shared cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from gpt import GPT, Config, Packed, PagedCache
 from torch import Tensor
 
-PROMPTS = ('The "for" statement', "A class definition ", "If the object is")
+PROMPTS = ('The "for" statement', "A class definition ", "object.__getitem__(")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # How much logits of about 10 may differ between eager, compiled and recomputed.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.5}
@@ -43,8 +44,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on cpu, else bfloat16")
     parser.add_argument("--steps", type=int, default=900, help="of training (default: 900)")
     parser.add_argument("--batch", type=int, default=512, help="tokens per training step")
-    parser.add_argument("--tokens", type=int, default=64, help="to generate per prompt")
+    parser.add_argument("--tokens", type=int, default=128, help="to generate per prompt")
     parser.add_argument("--prompt", action="append", help="repeatable; any lengths")
+    parser.add_argument("--temperature", type=float, default=0.5, help="0 is greedy (default: 0.5)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -72,15 +74,16 @@ def load_documents(path: Path | None) -> tuple[str, list[Tensor]]:
 
 
 def packed_batch(
-    documents: Sequence[Tensor], total: int, context: int, device: torch.device
+    documents: Sequence[Tensor], total: int, model: GPT, rng: random.Random
 ) -> tuple[Tensor, Tensor, Packed]:
     """Pieces of documents of different lengths, `total` tokens in all, without padding."""
+    context, device = model.config.context, model.embedding.weight.device
     pieces: list[Tensor] = []
     sizes = [len(document) for document in documents]
     while total > 0:
-        (document,) = random.choices(documents, sizes)
-        length = min(random.randint(context // 4, context), len(document) - 1, total)
-        begin = random.randint(0, len(document) - 1 - length)
+        (document,) = rng.choices(documents, sizes)
+        length = min(rng.randint(context // 4, context), len(document) - 1, total)
+        begin = rng.randint(0, len(document) - 1 - length)
         pieces.append(document[begin : begin + length + 1])
         total -= length
     tokens = torch.cat([piece[:-1] for piece in pieces]).to(device)
@@ -97,9 +100,9 @@ def show_progress(done: int, total: int, text: str) -> None:
 
 
 def train(
-    model: GPT, documents: Sequence[Tensor], steps: int, batch: int, dtype: torch.dtype
+    model: GPT, documents: Sequence[Tensor], args: argparse.Namespace, dtype: torch.dtype
 ) -> None:
-    device = model.embedding.weight.device
+    steps, rng = args.steps, random.Random(args.seed)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=1.5e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
@@ -108,8 +111,8 @@ def train(
     )
     smooth, start = 0.0, time.perf_counter()
     for step in range(1, steps + 1):
-        tokens, targets, packed = packed_batch(documents, batch, model.config.context, device)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        tokens, targets, packed = packed_batch(documents, args.batch, model, rng)
+        with torch.autocast(tokens.device.type, dtype, enabled=dtype != torch.float32):
             loss = F.cross_entropy(model(tokens, packed).float(), targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -117,44 +120,45 @@ def train(
         schedule.step()
         optimizer.zero_grad()
         smooth = loss.item() if step == 1 else 0.95 * smooth + 0.05 * loss.item()
-        rate = step * batch / (time.perf_counter() - start)
+        rate = step * args.batch / (time.perf_counter() - start)
         show_progress(step, steps, f"step {step}/{steps}  loss {smooth:.3f}  {rate:,.0f} tokens/s")
 
 
 @torch.no_grad()
 def mean_loss(model: GPT, documents: Sequence[Tensor]) -> float:
     """Cross entropy in nats per byte over the same pieces at every call."""
-    state = random.getstate()
-    random.seed(0)
-    device = model.embedding.weight.device
+    rng = random.Random(0)
     losses = []
-    for _ in range(8):
-        tokens, targets, packed = packed_batch(documents, 1024, model.config.context, device)
-        losses.append(F.cross_entropy(model(tokens, packed).float(), targets).item())
-    random.setstate(state)
+    for _ in range(4):
+        tokens, targets, packed = packed_batch(documents, 1024, model, rng)
+        losses.append(F.cross_entropy(model(tokens, packed), targets).item())
     return sum(losses) / len(losses)
 
 
+class Generated(NamedTuple):
+    tokens: Tensor  # (batch_size, n_tokens)
+    logits: Tensor  # that they were chosen from
+    rate: float  # tokens per second
+
+
 @torch.no_grad()
-def generate(
-    model: GPT, decode: DecodeStep, prompts: Sequence[Tensor], n_tokens: int
-) -> tuple[Tensor, Tensor, float]:
-    """Greedy tokens (batch_size, n_tokens), the logits they were chosen from, tokens per second."""
+def generate(model: GPT, decode: DecodeStep, prompts: Sequence[Tensor], noise: Tensor) -> Generated:
+    """Continues all prompts at once; each next token is argmax(logits + noise)."""
     weight = model.embedding.weight
     cache = PagedCache.empty(model.config, len(prompts), weight.dtype, weight.device)
     # Prefill: all prompts in one ragged call.
     packed = Packed.of([len(prompt) for prompt in prompts], weight.device)
     last = packed.cu_seqlens[1:] - 1
     logits = [model(torch.cat(list(prompts)), packed, cache)[last]]
-    tokens = [logits[0].argmax(-1)]
+    tokens = [(logits[0] + noise[:, 0]).argmax(-1)]
     cache.cache_seqlens += packed.cu_seqlens.diff()
     start = time.perf_counter()
-    for _ in range(n_tokens - 1):
+    for i in range(1, noise.shape[1]):
         logits.append(decode(tokens[-1], cache))
-        tokens.append(logits[-1].argmax(-1))
+        tokens.append((logits[-1] + noise[:, i]).argmax(-1))
     texts = torch.stack(tokens, dim=1).cpu()  # waits for the device
-    rate = len(prompts) * (n_tokens - 1) / (time.perf_counter() - start)
-    return texts, torch.stack(logits, dim=1).float().cpu(), rate
+    rate = tokens[0].numel() * (len(tokens) - 1) / (time.perf_counter() - start)
+    return Generated(texts, torch.stack(logits, dim=1).float().cpu(), rate)
 
 
 @torch.no_grad()
@@ -173,19 +177,21 @@ def recompute(model: GPT, prompts: Sequence[Tensor], tokens: Tensor) -> Tensor:
 def check(
     model: GPT,
     prompts: Sequence[Tensor],
-    eager: tuple[Tensor, Tensor],
-    compiled: tuple[Tensor, Tensor],
+    eager: Generated,
+    compiled: Generated,
+    noise: Tensor,
 ) -> bool:
     """Whether eager decoding, compiled decoding and a computation without a cache agree."""
-    tokens, logits = eager
+    tokens, logits, _ = eager
     recomputed = recompute(model, prompts, tokens)
-    same = (tokens == recomputed.argmax(-1)).all() and torch.equal(tokens, compiled[0])
+    chosen = (recomputed + noise.cpu()).argmax(-1)
+    same = torch.equal(tokens, chosen) and torch.equal(tokens, compiled.tokens)
     # Where a text has gone another way, only what was computed from the same tokens compares.
-    common = (tokens == compiled[0]).cumprod(1).roll(1, dims=1)
+    common = (tokens == compiled.tokens).cumprod(1).roll(1, dims=1)
     common[:, 0] = 1
     difference = max(
         float((logits - recomputed).abs().max()),
-        float(((logits - compiled[1]).abs().amax(-1) * common).max()),
+        float(((logits - compiled.logits).abs().amax(-1) * common).max()),
     )
     dtype = model.embedding.weight.dtype
     # In bfloat16 two logits are often equal, and such a tie may fall either way.
@@ -204,7 +210,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     device = torch.device(args.device or default_device())
     dtype = DTYPES[args.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
-    random.seed(args.seed)
     torch.manual_seed(args.seed)
 
     config = Config()
@@ -218,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts = args.prompt or PROMPTS
     prompts = [torch.tensor(list(text.encode()), device=device) for text in texts]
     for text, prompt in zip(texts, prompts, strict=True):
-        if not 0 < len(prompt) <= config.context - args.tokens:
+        if args.tokens < 1 or not 0 < len(prompt) <= config.context - args.tokens:
             raise SystemExit(f"prompt and tokens must fit in {config.context}, got {text!r}")
 
     on = f"cpu, {torch.ops.fa3npu.cpu_capability()}" if device.type == "cpu" else str(device)
@@ -231,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"training  {args.steps} steps of {args.batch:,} tokens"
     )
     before = mean_loss(model, training), mean_loss(model, held_out)
-    train(model, training, args.steps, args.batch, dtype)
+    train(model, training, args, dtype)
     after = mean_loss(model, training), mean_loss(model, held_out)
     print(
         f"loss      training {before[0]:.3f} -> {after[0]:.3f}, "
@@ -242,25 +247,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def decode(tokens: Tensor, cache: PagedCache) -> Tensor:
         """One token for every sequence; the operator appends its key and value to the cache."""
-        logits = model(tokens.unsqueeze(1), cache=cache).squeeze(1)
+        logits: Tensor = model(tokens.unsqueeze(1), cache=cache).squeeze(1)
         cache.cache_seqlens += 1
         return logits
 
+    # argmax(logits + noise) draws from softmax(logits / temperature), the same for equal logits.
+    noise = torch.empty(len(prompts), args.tokens, config.vocab_size).exponential_().log()
+    noise = (-args.temperature * noise).to(device)
     compiled_decode = torch.compile(decode, fullgraph=True)
     compiling = time.perf_counter()
-    generate(model, compiled_decode, prompts, n_tokens=2)
+    generate(model, compiled_decode, prompts, noise[:, :2])
     compiling = time.perf_counter() - compiling
-    *eager, eager_rate = generate(model, decode, prompts, args.tokens)
+    eager = generate(model, decode, prompts, noise)
     with torch.compiler.set_stance("fail_on_recompile"):
-        *compiled, compiled_rate = generate(model, compiled_decode, prompts, args.tokens)
+        compiled = generate(model, compiled_decode, prompts, noise)
 
-    for prompt, row in zip(texts, compiled[0], strict=True):
-        print(f"\n--- {prompt}\n{prompt}{bytes(row.tolist()).decode(errors='replace')}")
+    for text, row in zip(texts, compiled.tokens, strict=True):
+        print(f"\n--- {text!r} and {args.tokens} tokens")
+        print(f"{text}{bytes(row.tolist()).decode(errors='replace')}".rstrip())
     print(
-        f"\ndecoding: eager {eager_rate:,.0f} tokens/s, compiled {compiled_rate:,.0f} tokens/s "
+        f"\ndecoding: eager {eager.rate:,.0f} tokens/s, compiled {compiled.rate:,.0f} tokens/s "
         f"(compiled in {compiling:.0f} s)"
     )
-    agree = check(model, prompts, tuple(eager), tuple(compiled))
+    agree = check(model, prompts, eager, compiled, noise)
     print(f"total: {time.perf_counter() - start:.0f} s")
     return 0 if agree else 1
 

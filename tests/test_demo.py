@@ -40,6 +40,7 @@ def test_learns_and_decodes_alike_eager_compiled_and_recomputed() -> None:
 def demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """The program as a module, eager only, which is quick."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")  # which the program sets: undone afterwards
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     return importlib.import_module("train_and_generate")
 

@@ -48,8 +48,7 @@ INLINE void fill(T* p, int64_t n, T value) {
   for (int64_t i = 0; i < n; ++i) p[i] = value;
 }
 
-// ---- exp: at most 2 ulp up to 88, exact at 0, 0 below the smallest normal; NaN stays NaN
-// -----------
+// ---- exp: at most 2 ulp up to 88, exact at 0, 0 below the smallest normal; NaN stays NaN ----
 
 // e^x = 2^n (1 + q), |q| <= 0.42, for -87.3 <= x <= 88.3
 struct Exponential {
@@ -124,8 +123,7 @@ INLINE T greater(T a, T b) {
   return b > a ? b : a;
 }
 
-// ---- C (+)= A B: the one product
-// ------------------------------------------------------------------
+// ---- C (+)= A B: the one product ----
 
 template <class T, int R, int C, bool SkipZero>
 INLINE void product_block(int64_t depth, const T* a, int64_t a_row, int64_t a_col, const T* b,
@@ -178,8 +176,7 @@ void product(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a
                                               c + r * ldc, ldc, accumulate);
 }
 
-// ---- loads and stores
-// -----------------------------------------------------------------------------
+// ---- loads and stores ----
 
 INLINE float half_to_float(uint16_t h) {  // branch-free, so that a loop of it is vector code
   const uint32_t sign = uint32_t(h & 0x8000u) << 16;
@@ -248,8 +245,7 @@ bool all_finite(const T* x, int64_t n) {
   return sum<T>(zeros) == T(0);
 }
 
-// ---- tiles in scratch memory
-// ----------------------------------------------------------------------
+// ---- tiles in scratch memory ----
 
 // Cuts scratch memory into arrays, each on its own cache lines.
 struct Arena {
@@ -305,26 +301,31 @@ struct QueryTile {
   const Attention& a;
   const Sequence& s;
   int64_t sequence, head_k, first, rows;
-  T *q, *qv;
+  T *q, *qv;  // q[r][ld], zero past headdim; qv[r][headdim_v]
+  int64_t ld;
   int64_t* position;
   KeyRange* keys;
   T* slope;
 
   QueryTile(const Attention& a, const RowTile& t, Arena& arena)
-      : a(a), s(a.sequences[t.sequence]), sequence(t.sequence), head_k(t.head_k) {
-    q = arena.take<T>(kRowTile * a.headdim);
+      : a(a),
+        s(a.sequences[t.sequence]),
+        sequence(t.sequence),
+        head_k(t.head_k),
+        first(t.first),
+        rows(t.rows),
+        ld(padded<T>(a.headdim)) {
+    q = arena.take<T>(kRowTile * ld);
     qv = a.qv.data ? arena.take<T>(kRowTile * a.headdim_v) : nullptr;
     position = arena.take<int64_t>(kRowTile);
     keys = arena.take<KeyRange>(kRowTile);
     slope = arena.take<T>(kRowTile);
-    load(t.first, t.rows);
+    load();
   }
 
   int64_t head(int64_t r) const { return head_k * a.group() + (first + r) % a.group(); }
 
-  void load(int64_t first_, int64_t rows_) {
-    first = first_;
-    rows = rows_;
+  void load() {
     const bool fp8 = a.q.dtype == ScalarType::Float8_e4m3fn;
     const T q_scale = fp8 ? a.q_descale.get(sequence, head_k, 1) : 1;
     const T k_scale = fp8 ? a.k_descale.get(sequence, head_k, 1) : 1;
@@ -334,10 +335,12 @@ struct QueryTile {
       position[r] = i;
       keys[r] = a.visible(s, i);
       slope[r] = a.alibi_slopes.get(sequence, head(r), 0);
-      load_row(a.q.at(s.q_batch, s.q_begin + i, head(r)), a.q.dtype, a.headdim, q + r * a.headdim);
-      for (int64_t c = 0; fp8 && c < a.headdim; ++c) q[r * a.headdim + c] *= q_scale * k_scale;
+      T* row = q + r * ld;
+      load_row(a.q.at(s.q_batch, s.q_begin + i, head(r)), a.q.dtype, a.headdim, row);
+      for (int64_t c = 0; fp8 && c < a.headdim; ++c) row[c] *= q_scale * k_scale;
+      for (int64_t c = a.headdim; c < ld; ++c) row[c] = T(0);
       if (qv == nullptr) continue;
-      T* row = qv + r * a.headdim_v;
+      row = qv + r * a.headdim_v;
       load_row(a.qv.at(s.q_batch, s.q_begin + i, head(r)), a.qv.dtype, a.headdim_v, row);
       for (int64_t c = 0; fp8 && c < a.headdim_v; ++c) row[c] *= q_scale * v_scale;
     }
@@ -345,8 +348,8 @@ struct QueryTile {
 
   // scores[r][kKeyBlock] = q k^T + qv v^T, not yet scaled
   void scores(const KeyTile<T>& k, const KeyTile<T>& v, T* to) const {
-    product<T>(rows, kKeyBlock, a.headdim, q, a.headdim, 1, k.transposed, kKeyBlock, to, kKeyBlock,
-               false, false);
+    product<T>(rows, kKeyBlock, a.headdim, q, ld, 1, k.transposed, kKeyBlock, to, kKeyBlock, false,
+               false);
     if (qv)
       product<T>(rows, kKeyBlock, a.headdim_v, qv, a.headdim_v, 1, v.transposed, kKeyBlock, to,
                  kKeyBlock, true, false);
@@ -375,8 +378,7 @@ struct QueryTile {
   }
 };
 
-// ---- forward
-// --------------------------------------------------------------------------------------
+// ---- forward ----
 
 // A partial result of a row tile: maximum, sum and unscaled output of each row.
 template <class T>
@@ -490,10 +492,9 @@ void finish_(const Attention& a, const RowTile& t, const char* at) {
   }
 }
 
-// ---- backward
-// ------------------------------------------------------------------------------------- P = exp(S -
-// LSE) and dS = P (dP - delta), delta = rowsum(dout out) - dLSE, are computed again in both passes,
-// so that each gradient has one owner and no sum depends on a schedule.
+// ---- backward ----
+// P = exp(S - LSE) and dS = P (dP - delta), delta = rowsum(dout out) - dLSE, are computed again in
+// both passes, so that each gradient has one owner and no sum depends on a schedule.
 
 template <class T>
 struct GradientTile {
@@ -594,7 +595,6 @@ void backward_dkdv_(const Attention& a, int64_t sequence, int64_t head_k, int64_
   KeyTile<T> v(arena, a.headdim_v, false, true);
   T* dk = arena.take<T>(kKeyBlock * padded<T>(a.headdim));
   T* dv = arena.take<T>(kKeyBlock * padded<T>(a.headdim_v));
-  T* q_rows = arena.take<T>(kRowTile * padded<T>(a.headdim));
   const int64_t dk_ld = padded<T>(a.headdim), dv_ld = padded<T>(a.headdim_v);
   fill<T>(dk, kKeyBlock * dk_ld, T(0));
   fill<T>(dv, kKeyBlock * dv_ld, T(0));
@@ -610,13 +610,10 @@ void backward_dkdv_(const Attention& a, int64_t sequence, int64_t head_k, int64_
     GradientTile<T> g(a, t, tile);
     g.load_dout();
     g.differentiate(block, k, v);
-    for (int64_t r = 0; r < t.rows; ++r)
-      for (int64_t c = 0; c < dk_ld; ++c)
-        q_rows[r * dk_ld + c] = c < a.headdim ? g.q.q[r * a.headdim + c] : T(0);
     product<T>(count, dv_ld, t.rows, g.p, 1, kKeyBlock, g.dout, dv_ld, dv, dv_ld, true,
                !all_finite(g.dout, t.rows * dv_ld));
-    product<T>(count, dk_ld, t.rows, g.ds, 1, kKeyBlock, q_rows, dk_ld, dk, dk_ld, true,
-               !all_finite(q_rows, t.rows * dk_ld));
+    product<T>(count, dk_ld, t.rows, g.ds, 1, kKeyBlock, g.q.q, dk_ld, dk, dk_ld, true,
+               !all_finite(g.q.q, t.rows * dk_ld));
   }
   for (int64_t j = 0; j < count; ++j) {
     store_row<T>(dk + j * dk_ld, 1, a.dk.dtype, a.headdim,
@@ -626,8 +623,7 @@ void backward_dkdv_(const Attention& a, int64_t sequence, int64_t head_k, int64_
   }
 }
 
-// ---- the table
-// ------------------------------------------------------------------------------------
+// ---- the table ----
 
 void forward_chunk(const Attention& a, const RowTile& t, int64_t chunk, char* state,
                    char* scratch) {

@@ -85,7 +85,7 @@ STABLE_TORCH_LIBRARY(fa3npu, m) {
       "Tensor? cu_seqlens_k_new=None, Tensor? cache_leftpad=None, SymInt? page_size=None, "
       "SymInt max_seqlen_k_new=0, bool causal=False, int[2] window_size=[-1,-1], "
       "int attention_chunk=0, bool has_softcap=False, int num_splits=0, bool? pack_gqa=None, "
-      "int sm_margin=0) -> Tensor");
+      "int sm_margin=0, float softcap=0.0, float? softmax_scale=None) -> Tensor");
 
   m.def("cpu_capability() -> str");  // the instruction set that the CPU kernels run on
 }

@@ -1,5 +1,30 @@
-"""`python -m fa3_ops`: versions, devices, backends."""
+"""`python -m fa3_ops`: versions, devices, backends, and two commands."""
 
+from __future__ import annotations
+
+import argparse
+import sys
+
+from fa3_ops import consistency
 from fa3_ops.info import report
 
-print(report())
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m fa3_ops",
+        description="Without a command: what this machine has (versions, devices, backends).",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    command = commands.add_parser("consistency", help="run the bitwise contract on a device")
+    consistency.add_arguments(command)
+    command.set_defaults(run=consistency.main)
+    chosen = parser.parse_args(arguments)
+    if chosen.command is None:
+        print(report())
+        return 0
+    status: int = chosen.run(chosen)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

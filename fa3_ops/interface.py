@@ -469,10 +469,20 @@ def get_scheduler_metadata(
     num_splits: int = 0,
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
+    *,
+    softcap: float = 0.0,
+    softmax_scale: float | None = None,
 ) -> Tensor:
-    """The schedule of a later call of flash_attn_with_kvcache, as an int32 tensor whose size
-    depends on the batch size alone, from lengths that stay on the device. It never changes a
-    number."""
+    """The schedule of a later call of flash_attn_with_kvcache, as a tensor whose size depends on
+    the batch size and on whether q is packed. It never changes a number.
+
+    On CPU: int32 (batch_size,), which nothing reads. On NPU: uint8, for a call that a graph capture
+    records. Every argument must be that of the call: softcap and softmax_scale (by default
+    1 / sqrt(headdim)) too, page_size * max_num_pages_per_seq as max_seqlen_k. A call that gets the
+    metadata of another one, or of other lengths, returns NaN. It waits for the device, so it cannot
+    be captured itself (RuntimeError): make it before each replay and copy it into the tensor that
+    the captured call got.
+    """
     checks.lengths(cache_seqlens, batch_size, "cache_seqlens")
     checks.lengths(cu_seqlens_k_new, batch_size + 1, "cu_seqlens_k_new")
     checks.lengths(cache_leftpad, batch_size, "cache_leftpad")
@@ -480,6 +490,6 @@ def get_scheduler_metadata(
         *(batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim),
         *(cache_seqlens, qkv_dtype, headdim_v, cu_seqlens_q, cu_seqlens_k_new, cache_leftpad),
         *(page_size, max_seqlen_k_new, causal, _window(window_size), attention_chunk, has_softcap),
-        *(num_splits, pack_gqa, sm_margin),
+        *(num_splits, pack_gqa, sm_margin, softcap, softmax_scale),
     )
     return metadata

@@ -18,7 +18,8 @@ Tensor get_scheduler_metadata(int64_t batch_size, int64_t /*max_seqlen_q*/,
                               int64_t max_seqlen_k_new, bool /*causal*/,
                               std::vector<int64_t> /*window_size*/, int64_t /*attention_chunk*/,
                               bool /*has_softcap*/, int64_t /*num_splits*/,
-                              std::optional<bool> /*pack_gqa*/, int64_t /*sm_margin*/) {
+                              std::optional<bool> /*pack_gqa*/, int64_t /*sm_margin*/,
+                              double /*softcap*/, std::optional<double> /*softmax_scale*/) {
   const Lengths cache_seqlens(cache_seqlens_, batch_size, "cache_seqlens");
   const Lengths cu_seqlens(cu_seqlens_k_new_, batch_size + 1, "cu_seqlens_k_new");
   const Lengths leftpad(cache_leftpad_, batch_size, "cache_leftpad");

@@ -1,0 +1,101 @@
+"""explain(): which backend would serve a call, how, and why the others would not."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@dataclass
+class Step:
+    """One operator of the call."""
+
+    operator: str
+    backend: str
+    refusals: dict[str, list[str]] = field(default_factory=dict)  # of the backends before it
+    notes: list[str] = field(default_factory=list)  # how the call is lowered for the backend
+
+    def __str__(self) -> str:
+        lines = [f"{self.operator}: {self.backend}"]
+        lines += [f"  {note}" for note in self.notes]
+        lines += [f"  not {name}: {', '.join(why)}" for name, why in self.refusals.items()]
+        return "\n".join(lines)
+
+
+@dataclass
+class Explanation:
+    steps: list[Step]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.steps))
+
+    @property
+    def backend(self) -> str:
+        """The backend of the attention itself, the last step."""
+        return self.steps[-1].backend
+
+
+def explain(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Explanation:
+    """What `function(*arguments, **keywords)` would do, where function is one of fa3_ops' or of
+    torch.ops.fa3npu. Its arguments are checked; no attention is computed and no cache written.
+
+    >>> print(fa3_ops.explain(fa3_ops.flash_attn_func, q, k, v, causal=True))
+    flash_attn_func: cpu
+    """
+    mode = _Recorder()
+    with mode, torch.no_grad():
+        function(*arguments, **keywords)
+    return Explanation(mode.steps)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every operator of ours instead of running it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.steps: list[Step] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace != "fa3npu":
+            return func(*args, **kwargs)
+        name = func._schema.name.removeprefix("fa3npu::")
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        if device.type == "npu":
+            from fa3_ops.backends.npu import explanation
+
+            self.steps.append(explanation.step(name, args, kwargs))
+        else:
+            self.steps.append(Step(name, device.type))
+        return _unwritten(func, args, kwargs)
+
+
+def _unwritten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Results of the right shape, from the fake kernels, which ask for nothing but new_empty."""
+    from fa3_ops import meta_kernels
+
+    name = func._schema.name.removeprefix("fa3npu::")
+    fake = _fakes(meta_kernels)[name + ("" if func._overloadname == "default" else "_out")]
+    return fake(*args, **{k: v for k, v in kwargs.items() if k != "out"})
+
+
+def _fakes(package: Any) -> dict[str, Callable[..., Any]]:
+    return {
+        name: function
+        for module in vars(package).values()
+        if inspect.ismodule(module)
+        for name, function in vars(module).items()
+        if inspect.isfunction(function)
+    }

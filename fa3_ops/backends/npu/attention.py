@@ -1,0 +1,69 @@
+"""Attention on NPU: the kernel that serves a call is chosen, and what no kernel does is added."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fa3_ops.backends.attention import Attention
+from fa3_ops.backends.choice import choose
+from fa3_ops.backends.npu import device
+from fa3_ops.backends.npu.capabilities import capabilities
+from fa3_ops.backends.npu.device import Kernel
+from fa3_ops.backends.npu.flash_attn_npu import FlashAttnNpu, metadata_reasons
+from fa3_ops.backends.npu.fused_infer_attention import FusedInferAttention
+from fa3_ops.backends.npu.lengths import Lengths
+from fa3_ops.backends.npu.lowering import dequantise_fp8, select_table_rows
+from fa3_ops.backends.npu.torch_ops import TorchOps
+
+BACKENDS: tuple[FlashAttnNpu | FusedInferAttention | TorchOps, ...] = (
+    FlashAttnNpu(),
+    FusedInferAttention(),
+    TorchOps(),
+)
+
+
+def prepare(call: Attention) -> tuple[Attention, Lengths | None]:
+    """The call as this moment allows it: captured or not, with metadata or lengths on the host."""
+    call.capturing = device.capturing()
+    if call.capturing:
+        return call, None
+    if call.scheduler_metadata is not None:
+        found = device.kernel()
+        if isinstance(found, Kernel) and not metadata_reasons(call, capabilities(found)):
+            return call, None
+        # A schedule that the kernel cannot follow changes nothing outside a capture.
+        call = replace(call, scheduler_metadata=None)
+    return call, Lengths.of(call)
+
+
+def forward(call: Attention, into: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """out, in `into` if given, and softmax_lse."""
+    call, lengths = prepare(call)
+    if call.is_empty:
+        out, softmax_lse = call.empty_results()
+        out.zero_()
+        softmax_lse.fill_(float("-inf"))
+    else:
+        decoded = dequantise_fp8(select_table_rows(call))
+        backend = choose(BACKENDS, decoded)
+        out, softmax_lse = backend.forward(decoded, lengths)
+        out = out.to(call.out_dtype)
+        if call.sinks is not None:
+            out, softmax_lse = count_sinks(out, softmax_lse, call.sinks)
+    if into is not None:
+        into.copy_(out)
+        out = into
+    return out, softmax_lse
+
+
+def count_sinks(out: Tensor, softmax_lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """A sink takes its share of every row's weights: out times the rest, and its own exponential in
+    softmax_lse. Rows that see no key stay 0 and -inf."""
+    sinks = sinks.float()[:, None]
+    rest = torch.sigmoid(softmax_lse - sinks).transpose(-1, -2)[..., None]
+    with_sinks = torch.logaddexp(softmax_lse, sinks)
+    blind = softmax_lse == float("-inf")
+    return (out.float() * rest).to(out.dtype), with_sinks.masked_fill(blind, float("-inf"))

@@ -1,0 +1,67 @@
+"""What each build of flash_attn_npu's FlashAttention-3 kernel computes right, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+import torch
+
+from fa3_ops.backends.npu.device import Kernel
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What one build of the kernel computes right, after the lowering."""
+
+    name: str
+    page_sizes: Collection[int]
+    headdims: Collection[int]
+    headdim_v_differs: bool = False
+    window: bool = True
+    softcap: bool = True
+    dense: bool = True  # keys that are neither packed nor paged
+    max_num_splits: int = 20  # AI cores of the smallest 910B
+    metadata: bool = False
+    backward: bool = False
+    dtypes: Collection[torch.dtype] = (torch.float16, torch.bfloat16)
+
+
+PAGES_910 = range(1, 1025)
+HEADDIMS_910 = range(16, 257, 16)
+
+ASCEND_910 = Capabilities(
+    "0.4 or later on 910B/C", PAGES_910, HEADDIMS_910, metadata=True, backward=True
+)
+ASCEND_910_0_3 = replace(ASCEND_910, name="0.3 on 910B/C", metadata=False)
+ASCEND_910_BEFORE_0_3 = Capabilities(
+    "before 0.3 on 910B/C",
+    PAGES_910,
+    HEADDIMS_910,
+    window=False,
+    softcap=False,
+    max_num_splits=1,
+)
+ASCEND_950 = Capabilities(
+    "on 950",
+    page_sizes=(128, 256, 512, 1024),
+    headdims=(64, 128),
+    headdim_v_differs=True,
+    window=False,
+    softcap=False,
+    dense=False,
+    max_num_splits=1,
+)
+
+
+def capabilities(k: Kernel) -> Capabilities:
+    if k.is_950:
+        return ASCEND_950
+    if k.version < (0, 3):
+        return ASCEND_910_BEFORE_0_3
+    return ASCEND_910_0_3 if k.version < (0, 4) else ASCEND_910
+
+
+def splits(num_splits: int, can_split: bool, found: Kernel) -> int:
+    """1 unless asked otherwise: then a row's bits do not depend on its batch."""
+    return min(max(num_splits, 1), capabilities(found).max_num_splits) if can_split else 1

@@ -1,0 +1,178 @@
+"""flash_attn_npu's FlashAttention-3 kernel for Ascend 910B/C and 950.
+
+The kernel takes much more than it computes: docs/npu.md lists what it accepts and gets wrong. Here
+it is handed only what it computes right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fa3_ops.backends.attention import Attention
+from fa3_ops.backends.npu import device, lowering, scheduler_metadata
+from fa3_ops.backends.npu.capabilities import Capabilities, capabilities, splits
+from fa3_ops.backends.npu.device import Kernel
+from fa3_ops.backends.npu.lengths import Lengths, blind_rows, bound, clear
+
+
+def not_supported(call: Attention, can: Capabilities) -> list[str]:
+    """Why this build does not compute the call, even lowered."""
+    reasons = []
+    if call.q.dtype not in can.dtypes:
+        reasons.append(f"dtype {call.q.dtype}")
+    # Activations are padded; a cache would have to be copied.
+    padded = not call.is_cache
+    d, d_v = call.headdim, call.headdim_v
+    widest = max(can.headdims)
+    if max(d, d_v) > widest or (not padded and not {d, d_v} <= set(can.headdims)):
+        reasons.append(f"headdim {d if d not in can.headdims else d_v}")
+    elif d != d_v and not padded and not can.headdim_v_differs:
+        reasons.append(f"headdim_v {d_v} beside headdim {d}")
+    if call.qv is not None:
+        reasons.append("qv")
+    if call.alibi_slopes is not None:
+        reasons.append("alibi_slopes")
+    if call.attention_chunk > 0:
+        reasons.append("attention_chunk")
+    if call.is_local and not can.window:
+        reasons.append("window_size")
+    if call.softcap > 0 and not can.softcap:
+        reasons.append("softcap")
+    if call.capturing:
+        missing = "graph capture without scheduler_metadata"
+        reasons += [missing] if call.scheduler_metadata is None else metadata_reasons(call, can)
+    return reasons
+
+
+def metadata_reasons(call: Attention, can: Capabilities) -> list[str]:
+    """Why the kernel would wait for the host even with scheduler_metadata, or compute something
+    else."""
+    reasons = [] if can.metadata else ["scheduler_metadata"]
+    if call.page_table is None or call.k.shape[1] not in can.page_sizes:
+        reasons.append("scheduler_metadata without pages of a size that the kernel has")
+    for name, given in (
+        ("seqused_q", call.seqused_q is not None),
+        ("cache_leftpad", call.cache_leftpad is not None),
+    ):
+        if given:
+            reasons.append(f"{name} with scheduler_metadata")
+    return reasons
+
+
+class FlashAttnNpu:
+    name = "flash_attn_npu"
+
+    def not_supported_reasons(self, call: Attention) -> list[str]:
+        found = device.kernel()
+        return [found] if isinstance(found, str) else not_supported(call, capabilities(found))
+
+    def lower(self, call: Attention, lengths: Lengths | None) -> Attention:
+        found = device.kernel()
+        assert isinstance(found, Kernel)
+        return lower(call, capabilities(found), lengths)
+
+    def forward(self, call: Attention, lengths: Lengths | None) -> tuple[Tensor, Tensor]:
+        found = device.kernel()
+        assert isinstance(found, Kernel)
+        lowered = self.lower(call, lengths)
+        out, softmax_lse = launch(lowered, found, lengths)
+        plain = lengths is not None and lengths.plain
+        if lowered.cu_seqlens_q is not None and not plain and not found.token_major_lse:
+            softmax_lse = by_total_q(softmax_lse, lowered.cu_seqlens_q)
+        out, softmax_lse = as_asked(call, out, softmax_lse)
+        if not plain:
+            clear(out, softmax_lse, blind_rows(call))
+        if lowered.scheduler_metadata is not None:
+            stale = scheduler_metadata.stale(lowered)
+            out.masked_fill_(stale, float("nan"))
+            softmax_lse.masked_fill_(stale, float("nan"))
+        return out, softmax_lse
+
+
+def lower(call: Attention, can: Capabilities, lengths: Lengths | None) -> Attention:
+    """The steps of lowering.py that this kernel needs, and bounds for what no host has seen."""
+    call = lowering.pad_headdim(call, can.headdims, equal=not can.headdim_v_differs)
+    empty = call.cu_seqlens_k is not None and not (lengths and lengths.plain)
+    call = lowering.as_pages(call, can.page_sizes, force=empty or not can.dense)
+    call = lowering.split_unused_rows(call)
+    return replace(bound(call), q=call.q.contiguous())
+
+
+def launch(call: Attention, found: Kernel, lengths: Lengths | None) -> tuple[Tensor, Tensor]:
+    """The raw kernel; its LSE is (batch_size, nheads, seqlen_q) or (nheads, total_q)."""
+    q, cu_seqlens_q = call.q, call.cu_seqlens_q
+    out = torch.empty((*q.shape[:-1], call.headdim_v), dtype=q.dtype, device=q.device)
+    into = out
+    if found.relative_cu_seqlens and lengths is not None and lengths.cu_seqlens_q:
+        q, into = q[lengths.cu_seqlens_q[0] :], out[lengths.cu_seqlens_q[0] :]
+    left, right = call.window_size
+    can_split = call.page_table is not None and cu_seqlens_q is not None
+    metadata = call.scheduler_metadata
+    result: list[Any] = found.fwd(
+        q,
+        call.k,
+        call.v,
+        None,  # k_new
+        None,  # v_new
+        None,  # qv
+        into,
+        cu_seqlens_q,
+        call.cu_seqlens_k,
+        None,  # cu_seqlens_k_new
+        None,  # seqused_q
+        call.seqused_k,
+        call.max_seqlen_q if cu_seqlens_q is not None else None,
+        call.max_seqlen_k,
+        call.page_table,
+        None,  # kv_batch_idx
+        None,  # leftpad_k
+        None,  # rotary_cos
+        None,  # rotary_sin
+        None,  # seqlens_rotary
+        None,  # q_descale
+        None,  # k_descale
+        None,  # v_descale
+        call.softmax_scale,
+        call.causal,
+        left,
+        right,
+        0,  # attention_chunk
+        call.softcap,
+        True,  # rotary_interleaved
+        None if metadata is None else scheduler_metadata.raw(metadata),
+        splits(call.num_splits, can_split, found),
+        None,  # pack_gqa
+        0,  # sm_margin
+    )
+    softmax_lse: Tensor = result[1]
+    if found.token_major_lse:
+        softmax_lse = softmax_lse.transpose(-1, -2).contiguous()
+    if into is not out:
+        before = softmax_lse.new_zeros((*softmax_lse.shape[:-1], len(out) - len(into)))
+        softmax_lse = torch.cat((before, softmax_lse), dim=-1)
+    return out, softmax_lse
+
+
+def by_total_q(softmax_lse: Tensor, cu_seqlens_q: Tensor) -> Tensor:
+    """The kernel lays the heads of packed q cu_seqlens_q[-1] rows apart, in a tensor where they are
+    total_q rows apart: the same only if no row is behind the last sequence."""
+    nheads, total_q = softmax_lse.shape
+    head = torch.arange(nheads, dtype=torch.int32, device=softmax_lse.device)[:, None]
+    row = torch.arange(total_q, dtype=torch.int32, device=softmax_lse.device)
+    at = (head * cu_seqlens_q[-1] + row).clamp_(max=nheads * total_q - 1)
+    return softmax_lse.flatten()[at]
+
+
+def as_asked(call: Attention, out: Tensor, softmax_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Results of the lowered call in the shape of the original one."""
+    if call.cu_seqlens_q is None and softmax_lse.dim() == 2:  # packed by split_unused_rows
+        batch_size, seqlen_q = call.q.shape[:2]
+        out = out.view(batch_size, seqlen_q, *out.shape[1:])
+        softmax_lse = softmax_lse.view(-1, batch_size, seqlen_q).transpose(0, 1)
+    if out.shape[-1] != call.headdim_v:
+        out = out[..., : call.headdim_v]
+    return out.contiguous(), softmax_lse.contiguous()

@@ -1,0 +1,339 @@
+"""From what FlashAttention-3 offers to what the NPU's kernels have, in small steps.
+
+Every step takes a call and returns one with the same meaning that needs less of a kernel. None
+waits for the device. A step that copies keys or values says so in `notes` and, where they are a
+cache, counts as a fallback.
+
+The main trick: a page table can address any keys in place. A dense cache is a paged one whose
+pages are slices of it; keys that start anywhere (left padding, packed sequences used in part) are
+pages of one token.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection
+from dataclasses import replace
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fa3_ops.backends.attention import Attention
+from fa3_ops.backends.choice import fallback
+
+
+def note(call: Attention, text: str) -> None:
+    call.notes.append(text)
+
+
+def note_copy(call: Attention, why: str) -> None:
+    """Says that keys and values are copied; of a cache that is a fallback."""
+    note(call, f"copies what is read of k and v, because {why}")
+    if call.is_cache:
+        fallback(f"copies what is read of the cache, because {why}")
+
+
+# ---- FP8 ---------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _e4m3_values(device: torch.device) -> Tensor:
+    """The 256 values of float8_e4m3fn, (256,) float32."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    return codes.float().to(device)
+
+
+def dequantise_fp8(call: Attention) -> Attention:
+    """FP8 q, k, v times their descales in float16, which rounds them less than bfloat16 would. Of a
+    cache, what is read is gathered first, because a page may belong to sequences of different
+    descales."""
+    if not call.is_fp8:
+        return call
+    qv = None if call.qv is None else call.qv.view(torch.uint8)
+    call = replace(
+        call, q=call.q.view(torch.uint8), k=call.k.view(torch.uint8), v=call.v.view(torch.uint8)
+    )
+    if call.is_cache:
+        call = gather_keys(call, "FP8 is dequantised")
+    return replace(
+        call,
+        q=_decode(call.q, call.q_descale, call.cu_seqlens_q),
+        k=_decode(call.k, call.k_descale, call.cu_seqlens_k),
+        v=_decode(call.v, call.v_descale, call.cu_seqlens_k),
+        qv=None if qv is None else _decode(qv, call.q_descale, call.cu_seqlens_q),
+        is_cache=False,
+    )
+
+
+def _decode(codes: Tensor, descale: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Bytes of FP8 values times descale (batch_size, nheads_k), in float16. A table stands for the
+    conversion, which the 910 lacks."""
+    x = _e4m3_values(codes.device)[codes.int()]
+    if descale is not None:
+        factor = descale.repeat_interleave(x.shape[-2] // descale.shape[1], dim=1)
+        factor = factor[:, None] if cu_seqlens is None else factor[sequence_of_row(cu_seqlens, x)]
+        x = x * factor[..., None]
+    return x.half()
+
+
+def sequence_of_row(cu_seqlens: Tensor, packed: Tensor) -> Tensor:
+    """The sequence of each row of a packed tensor, (total,) int64; rows of none get the nearest."""
+    rows = torch.arange(packed.shape[0], device=packed.device, dtype=cu_seqlens.dtype)
+    found = torch.bucketize(rows, cu_seqlens[1:].contiguous(), right=True)
+    return found.clamp_(max=cu_seqlens.shape[0] - 2)
+
+
+# ---- Where the keys are ------------------------------------------------------------------------
+
+
+def select_table_rows(call: Attention) -> Attention:
+    """cache_batch_idx of a paged cache: the rows of the page table that it names."""
+    if call.cache_batch_idx is None or call.page_table is None:
+        return call
+    row = call.cache_batch_idx.clamp(0, call.page_table.shape[0] - 1)
+    page_table = call.page_table.index_select(0, row)
+    note(call, "cache_batch_idx selects rows of the page table")
+    return replace(call, page_table=page_table, cache_batch_idx=None)
+
+
+def needs_pages(call: Attention, counts_keys: bool) -> bool:
+    """Whether dense or packed keys have to be addressed through a page table."""
+    if call.cu_seqlens_k is not None:
+        return call.seqused_k is not None or call.seqused_q is not None
+    return (
+        (call.seqused_k is not None and not counts_keys)
+        or call.seqused_q is not None
+        or call.cache_batch_idx is not None
+        or call.cache_leftpad is not None
+        or call.cu_seqlens_q is not None
+    )
+
+
+def as_pages(
+    call: Attention, page_sizes: Collection[int], force: bool = False, counts_keys: bool = False
+) -> Attention:
+    """Keys in place behind a page table with a page size that the kernel takes; dense and packed
+    ones only where they need one, or by force. counts_keys: seqused_k of dense keys needs none."""
+    whole = call.k.is_contiguous() and call.v.is_contiguous()
+    if call.page_table is None:
+        if not call.is_cache and not whole:  # activations, such as slices of one projection
+            call = replace(call, k=call.k.contiguous(), v=call.v.contiguous())
+            whole = True
+        if whole and not force and not needs_pages(call, counts_keys):
+            return call
+    elif whole and call.cache_leftpad is None and call.k.shape[1] in page_sizes:
+        return call
+    strides = token_strides(call.k)
+    if strides is None or strides != token_strides(call.v):
+        return gather_keys(call, "its strides are not whole tokens", page_sizes)
+    if call.cu_seqlens_k is None and call.cache_leftpad is None and strides[1] == 1:
+        size = _slice_size(call, strides[0], page_sizes)
+        if size is not None:
+            return _pages_of_slices(call, strides[0], size)
+    if 1 not in page_sizes:
+        return gather_keys(call, "no page size of the kernel fits it", page_sizes)
+    return _pages_of_one_token(call, strides)
+
+
+def token_strides(x: Tensor) -> list[int] | None:
+    """The strides of the dimensions before (nheads_k, headdim) in tokens, or None if they are not
+    whole tokens."""
+    heads, width = x.shape[-2:]
+    if (width > 1 and x.stride(-1) != 1) or (heads > 1 and x.stride(-2) != width):
+        return None
+    strides: list[int] = []
+    following = 1  # what the stride of a dimension of size 1 is taken for
+    for size, stride in zip(x.shape[-3::-1], x.stride()[-3::-1], strict=True):
+        if size > 1 and stride % (heads * width):
+            return None
+        strides.insert(0, stride // (heads * width) if size > 1 else following)
+        following = strides[0] * size
+    return strides
+
+
+def _tokens_behind(x: Tensor) -> int:
+    """How many tokens the memory holds from the first one of x on."""
+    elements = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    return elements // prod(x.shape[-2:])
+
+
+def _pool(x: Tensor, num_pages: int, page_size: int) -> Tensor:
+    """The memory from the first token of x on as (num_pages, page_size, nheads_k, headdim)."""
+    heads, width = x.shape[-2:]
+    token = heads * width
+    shape = (num_pages, page_size, heads, width)
+    return x.as_strided(shape, (page_size * token, token, width, 1))
+
+
+def _slice_size(call: Attention, distance: int, page_sizes: Collection[int]) -> int | None:
+    """The largest page size that cuts dense entries or pages, `distance` tokens apart, without
+    leaving their memory."""
+    entries, rows = call.k.shape[:2]
+    behind = min(_tokens_behind(call.k), _tokens_behind(call.v))
+    largest = None
+    for size in page_sizes:
+        reach = (entries - 1) * distance + -(-rows // size) * size
+        whole = call.page_table is None or rows % size == 0
+        if size <= rows and distance % size == 0 and whole and reach <= behind:
+            largest = size
+    return largest
+
+
+def _pages_of_slices(call: Attention, distance: int, size: int) -> Attention:
+    entries, rows = call.k.shape[:2]
+    per_entry = -(-rows // size)
+    num_pages = (entries - 1) * (distance // size) + per_entry
+    slices = torch.arange(per_entry, dtype=torch.int32, device=call.k.device)
+    first = entry_of_sequence(call) * (distance // size)
+    note(call, f"k and v are read in place as pages of {size}")
+    return replace(
+        call,
+        k=_pool(call.k, num_pages, size),
+        v=_pool(call.v, num_pages, size),
+        page_table=(first[..., None] + slices).view(call.batch_size, -1),
+        seqused_k=keys_in_use(call),
+        cache_batch_idx=None,
+    )
+
+
+def entry_of_sequence(call: Attention) -> Tensor:
+    """The batch entry of a dense cache, (batch_size,), or the page table of a paged one."""
+    if call.page_table is not None:
+        return call.page_table.clamp(0, call.k.shape[0] - 1)
+    if call.cache_batch_idx is not None:
+        return call.cache_batch_idx.clamp(0, call.k.shape[0] - 1)
+    return torch.arange(call.batch_size, dtype=torch.int32, device=call.k.device)
+
+
+def keys_in_use(call: Attention) -> Tensor:
+    """seqused_k, (batch_size,) int32, or what the layout says where it is not given. Left padding
+    counts."""
+    if call.seqused_k is not None:
+        return call.seqused_k
+    if call.cu_seqlens_k is not None:
+        return call.cu_seqlens_k.diff()
+    capacity = call.k.shape[1] * (1 if call.page_table is None else call.page_table.shape[1])
+    return torch.full((call.batch_size,), capacity, dtype=torch.int32, device=call.k.device)
+
+
+def token_table(call: Attention, strides: list[int]) -> Tensor:
+    """Where key j of each sequence lies, in tokens from the first element of k: (batch_size, most
+    keys) int32. Left padding is passed over; entries past a sequence's keys name some valid one."""
+    device = call.k.device
+    if call.cu_seqlens_k is not None:
+        j = torch.arange(max(call.max_seqlen_k or 0, 1), dtype=torch.int32, device=device)
+        j = (call.cu_seqlens_k[:-1, None] + j).clamp_(max=call.k.shape[0] - 1)
+        return (j * strides[0]).int()
+    entries = entry_of_sequence(call)
+    rows = call.k.shape[1]
+    per_table = 1 if call.page_table is None else entries.shape[1]
+    j = torch.arange(max(rows * per_table, 1), dtype=torch.int32, device=device)
+    if call.cache_leftpad is not None:
+        j = (call.cache_leftpad[:, None] + j).clamp_(0, max(rows * per_table - 1, 0))
+    else:
+        j = j.expand(call.batch_size, -1)
+    if call.page_table is None:
+        return (entries[:, None] * strides[0] + j * strides[1]).int()
+    pages = entries.gather(1, (j // rows).long())
+    return (pages * strides[0] + (j % rows) * strides[1]).int()
+
+
+def _pages_of_one_token(call: Attention, strides: list[int]) -> Attention:
+    note(call, "k and v are read in place as pages of one token")
+    num_pages = sum((n - 1) * stride for n, stride in zip(call.k.shape, strides, strict=False)) + 1
+    return replace(
+        call,
+        k=_pool(call.k, num_pages, 1),
+        v=_pool(call.v, num_pages, 1),
+        page_table=token_table(call, strides),
+        seqused_k=keys_in_use(call) - (0 if call.cache_leftpad is None else call.cache_leftpad),
+        cu_seqlens_k=None,
+        cache_batch_idx=None,
+        cache_leftpad=None,
+    )
+
+
+def gather_keys(call: Attention, why: str, page_sizes: Collection[int] | None = None) -> Attention:
+    """A copy of the keys and values of every sequence, dense (batch_size, most keys, ...), or in
+    pages of one of page_sizes. Left padding, cache_batch_idx and the page table are spent."""
+    note_copy(call, why)
+    packed = call.cu_seqlens_k is not None
+    rows = 1 if packed else call.k.shape[1]
+    # Positions in units of (entry, row), so that any strides will do.
+    table = token_table(call, [1] if packed else [rows, 1]).long()
+    most = table.shape[1]
+    size = 1 if page_sizes is None else min(page_sizes, key=lambda n: (-(-most // n) * n, -n))
+    table = F.pad(table, (0, -most % size))
+    if packed:
+        k, v = call.k[table], call.v[table]
+    else:
+        k, v = (x[table // rows, table % rows] for x in (call.k, call.v))
+    call = replace(
+        call,
+        k=k,
+        v=v,
+        seqused_k=keys_in_use(call) - (0 if call.cache_leftpad is None else call.cache_leftpad),
+        page_table=None,
+        cu_seqlens_k=None,
+        cache_batch_idx=None,
+        cache_leftpad=None,
+    )
+    if page_sizes is None:
+        return call
+    pages = torch.arange(table.numel() // size, dtype=torch.int32, device=k.device)
+    return replace(
+        call,
+        k=k.reshape(-1, size, *k.shape[2:]),
+        v=v.reshape(-1, size, *v.shape[2:]),
+        page_table=pages.view(call.batch_size, -1),
+    )
+
+
+# ---- Rows of q ---------------------------------------------------------------------------------
+
+
+def split_unused_rows(call: Attention) -> Attention:
+    """seqused_q: the rows that do not count become sequences of their own, with one key each, so
+    that every row still belongs to one. Their results are cleared afterwards."""
+    if call.seqused_q is None:
+        return call
+    batch_size = call.batch_size
+    if call.cu_seqlens_q is None:
+        seqlen_q = call.q.shape[1]
+        begins = torch.arange(batch_size + 1, dtype=torch.int32, device=call.q.device) * seqlen_q
+    else:
+        seqlen_q, begins = call.seqlen_q, call.cu_seqlens_q
+    cuts = torch.stack((begins[:-1], begins[:-1] + call.seqused_q), dim=1).flatten()
+    lengths = torch.stack((keys_in_use(call), torch.ones_like(call.seqused_q)), dim=1).flatten()
+    assert call.page_table is not None
+    note(call, "rows past seqused_q are set apart as sequences of their own")
+    return replace(
+        call,
+        q=call.q.flatten(0, 1) if call.cu_seqlens_q is None else call.q,
+        cu_seqlens_q=torch.cat((cuts, begins[-1:])).int(),
+        max_seqlen_q=seqlen_q,
+        seqused_q=None,
+        seqused_k=lengths.int(),
+        page_table=call.page_table.repeat_interleave(2, dim=0),
+    )
+
+
+def pad_headdim(call: Attention, headdims: Collection[int], equal: bool) -> Attention:
+    """Zeros behind the head dimensions up to ones that the kernel has, which change neither scores
+    nor values; `equal` if it wants headdim_v to be headdim. Of activations only."""
+    wanted, wanted_v = (
+        min(width for width in headdims if width >= d) for d in (call.headdim, call.headdim_v)
+    )
+    if equal:
+        wanted = wanted_v = max(wanted, wanted_v)
+    if call.is_cache or (wanted, wanted_v) == (call.headdim, call.headdim_v):
+        return call
+    note(call, f"headdim is padded to {wanted}")
+    return replace(
+        call,
+        q=F.pad(call.q, (0, wanted - call.headdim)),
+        k=F.pad(call.k, (0, wanted - call.headdim)),
+        v=F.pad(call.v, (0, wanted_v - call.headdim_v)),
+    )

@@ -1,0 +1,167 @@
+"""scheduler_metadata on NPU: what the kernel computes from lengths on the host, as a tensor on the
+device, so that a call that has it waits for nothing and can be captured.
+
+The kernel believes its metadata: lengths, heads and dtype that have changed since give wrong
+numbers. So ours carries what it was made for behind the kernel's bytes, and the call compares that
+on the device: results of a call that its metadata was not made for are NaN.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fa3_ops.backends.attention import Attention
+from fa3_ops.backends.npu import device
+from fa3_ops.backends.npu.capabilities import splits
+from fa3_ops.backends.npu.device import Kernel
+
+RAW_BYTES = 2384  # of flash_attn_npu 0.4.2
+
+
+def raw(metadata: Tensor) -> Tensor:
+    """The part that is the kernel's."""
+    return metadata[:RAW_BYTES]
+
+
+def _fingerprint(*configuration: object) -> int:
+    return zlib.crc32(repr(configuration).encode()) & 0x7FFFFFFF
+
+
+def _signature(fingerprint: int, seqlens_k: Tensor, cu_seqlens_q: Tensor | None) -> Tensor:
+    """(1 + batch_size [+ batch_size + 1],) int32."""
+    parts = [seqlens_k.new_full((1,), fingerprint), seqlens_k]
+    return torch.cat(parts if cu_seqlens_q is None else [*parts, cu_seqlens_q])
+
+
+def stale(call: Attention) -> Tensor:
+    """Whether the metadata was made for another call, as a bool on the device; call is lowered."""
+    assert call.scheduler_metadata is not None
+    assert call.page_table is not None
+    assert call.seqused_k is not None
+    fingerprint = _fingerprint(
+        call.batch_size,
+        call.seqlen_q,
+        call.page_table.shape[1],
+        call.nheads,
+        call.nheads_k,
+        call.headdim,
+        call.headdim_v,
+        call.k.shape[1],
+        call.q.dtype,
+        *call.window_size,
+        call.softcap,
+        call.softmax_scale,
+        max(call.num_splits, 1),
+    )
+    made_for = call.scheduler_metadata[RAW_BYTES:].view(torch.int32)
+    expected = _signature(fingerprint, call.seqused_k, call.cu_seqlens_q)
+    if made_for.shape != expected.shape:
+        raise RuntimeError(
+            f"fa3npu: scheduler_metadata must be made for batch_size {call.batch_size} and "
+            f"{'packed' if call.cu_seqlens_q is not None else 'dense'} q"
+        )
+    return (made_for != expected).any()
+
+
+def get_scheduler_metadata(
+    batch_size: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_heads_q: int,
+    num_heads_kv: int,
+    headdim: int,
+    cache_seqlens: Tensor,
+    qkv_dtype: torch.dtype,
+    headdim_v: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    page_size: int | None = None,
+    max_seqlen_k_new: int = 0,
+    causal: bool = False,
+    window_size: Sequence[int] = (-1, -1),
+    attention_chunk: int = 0,
+    has_softcap: bool = False,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    softcap: float = 0.0,
+    softmax_scale: float | None = None,
+) -> Tensor:
+    """The kernel's bytes and what they were made for. Waits for the device."""
+    if device.capturing():
+        raise RuntimeError(
+            "fa3npu: get_scheduler_metadata waits for the device and cannot be captured: call it "
+            "before each replay and copy its result into the tensor that the captured call got"
+        )
+    if has_softcap and softcap == 0.0:
+        raise RuntimeError("fa3npu: softcap must be given with has_softcap on NPU, got 0.0")
+    headdim_v = headdim if headdim_v is None else headdim_v
+    scale = headdim**-0.5 if softmax_scale is None else softmax_scale
+    pages = 0 if page_size is None else -(-max_seqlen_k // page_size)
+    seqlens_k = cache_seqlens
+    if cu_seqlens_k_new is not None:
+        seqlens_k = seqlens_k + cu_seqlens_k_new.diff()
+    elif max_seqlen_k_new:
+        seqlens_k = seqlens_k + max_seqlen_k_new
+    # As the call will have them: see lengths.bound.
+    seqlens_k = seqlens_k.clamp(1, max(pages * (page_size or 0), 1))
+    left, right = window_size
+    fingerprint = _fingerprint(
+        batch_size,
+        max_seqlen_q,
+        pages,
+        num_heads_q,
+        num_heads_kv,
+        headdim,
+        headdim_v,
+        page_size,
+        qkv_dtype,
+        max(left, -1),
+        0 if causal else max(right, -1),
+        softcap,
+        scale,
+        max(num_splits, 1),
+    )
+    found = device.kernel()
+    if isinstance(found, Kernel) and found.version >= (0, 4) and not found.is_950 and page_size:
+        made: Tensor = found.module.get_scheduler_metadata(
+            batch_size,
+            max_seqlen_q,
+            pages * page_size,  # the bound that the call derives from its page table
+            num_heads_q,
+            num_heads_kv,
+            headdim,
+            headdim_v,
+            qkv_dtype,
+            seqlens_k,
+            cu_seqlens_q,
+            None,  # cu_seqlens_k
+            None,  # cu_seqlens_k_new: counted in seqlens_k
+            None,  # seqused_q
+            None,  # leftpad_k
+            page_size,
+            0,  # max_seqlen_k_new
+            causal,
+            left,
+            right,
+            0,  # attention_chunk
+            softcap,
+            splits(num_splits, cu_seqlens_q is not None, found),
+            None,  # pack_gqa
+            0,  # sm_margin
+            scale,
+        )
+        if made.numel() != RAW_BYTES:
+            raise RuntimeError(
+                f"fa3npu: flash_attn_npu {found.version} has scheduler metadata of {made.numel()} "
+                f"bytes, which this version of fa3_ops does not know"
+            )
+    else:  # nothing on this machine reads it
+        made = torch.zeros(RAW_BYTES, dtype=torch.uint8, device=cache_seqlens.device)
+    signature = _signature(fingerprint, seqlens_k, cu_seqlens_q)
+    return torch.cat((made, signature.view(torch.uint8)))

@@ -1,0 +1,41 @@
+"""Every test of this folder runs on the emulated NPU: see emulator/README.md. It needs torch_npu and
+so a virtual environment of its own, which `make test` sets up."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE / "emulator"), str(HERE / "standin" / "new"), str(HERE.parent)]
+
+if importlib.util.find_spec("torch_npu") is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    # Work runs when something waits for it, so that a missing wait gives wrong numbers; fresh
+    # memory holds NaN; every block is its own, so that a write past its end is found.
+    os.environ.setdefault("CANNEMU_LAZY", "1")
+    os.environ.setdefault("CANNEMU_POISON", "1")
+    os.environ.setdefault("PYTORCH_NO_NPU_MEMORY_CACHING", "1")
+    # Launches that fail are reported where they fail.
+    os.environ.setdefault("TASK_QUEUE_ENABLE", "0")
+    os.environ.setdefault("ASCEND_LAUNCH_BLOCKING", "1")
+    import cann_emulator  # noqa: F401
+
+
+def pytest_report_header() -> str:
+    if importlib.util.find_spec("torch_npu") is None:
+        return "tests/npu: not collected here, there is no torch_npu; `make test` runs them"
+    return f"emulated NPU: {os.environ.get('CANNEMU_SOC', 'Ascend910B1')}"
+
+
+@pytest.fixture(autouse=True)
+def every_warning_again() -> None:
+    """A fallback warns once a process; here, once a test."""
+    from fa3_ops.backends import choice
+
+    choice._warned.clear()

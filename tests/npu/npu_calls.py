@@ -1,0 +1,44 @@
+"""Calls made on the CPU, moved to the NPU as they are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Absolute error of a kernel that rounds probabilities and results to its dtype, for values of
+# about 1: a few units in the last place.
+TOLERANCE = {
+    torch.float32: 2e-4,
+    torch.float16: 6e-3,
+    torch.bfloat16: 4e-2,
+    torch.float8_e4m3fn: 4e-2,
+}
+
+
+def on_npu(t: Tensor) -> Tensor:
+    """The same strides into the same memory, on the device."""
+    whole = torch.empty(0, dtype=t.dtype).set_(t.detach().untyped_storage())
+    return whole.npu().as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+def to_npu(call: dict[str, Any]) -> dict[str, Any]:
+    return {name: on_npu(x) if isinstance(x, Tensor) else x for name, x in call.items()}
+
+
+def to_cpu(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.detach().cpu() for t in tensors)
+
+
+def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    assert got.shape == want.shape
+    got = got.detach().cpu().double()
+    assert not got.isnan().any()
+    torch.testing.assert_close(got, want.double(), rtol=2.0**-7, atol=TOLERANCE[dtype])
+
+
+def assert_lse(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    assert got.dtype == torch.float32
+    slack = 5e-3 if dtype == torch.float8_e4m3fn else 1e-3
+    torch.testing.assert_close(got.detach().cpu().double(), want.double(), rtol=1e-3, atol=slack)

@@ -19,13 +19,7 @@ from fa3_ops.backends.npu.attention import forward
 from fa3_ops.backends.npu.flash_attn_combine import flash_attn_combine
 from fa3_ops.backends.npu.kvcache_append import kvcache_append_
 from fa3_ops.backends.npu.scheduler_metadata import get_scheduler_metadata
-
-try:
-    from fa3_ops.backends.npu.torchair import attach_when_loaded
-except ImportError:
-
-    def attach_when_loaded():
-        pass
+from fa3_ops.backends.npu.torchair import attach_when_loaded
 
 
 def varlen(
@@ -173,4 +167,6 @@ for _name, _kernel in (
     ("get_scheduler_metadata", get_scheduler_metadata),
 ):
     _library.impl(_name, _kernel, "PrivateUse1")
+# A schema in C++ has no place for tags; partitioners of graphs read this list.
+torch.ops.fa3npu.get_scheduler_metadata.default._tags.append(torch.Tag.cudagraph_unsafe)
 attach_when_loaded()

@@ -22,7 +22,7 @@ NO_KEY = float("inf")  # softmax_lse of a row without keys, to the kernel
 
 
 def not_supported_reasons(
-    call: Attention, lengths: Lengths | None, dlse: Tensor | None
+    call: Attention, lengths: Lengths | None, dlse: Tensor | None, deterministic: bool
 ) -> list[str]:
     """Why flash_attn_npu has no backward of the call."""
     found = device.kernel()
@@ -32,7 +32,10 @@ def not_supported_reasons(
     reasons = not_supported(call, can)
     if not can.backward:
         reasons.append(f"no backward {can.name}")
+    packed = call.cu_seqlens_q is not None
     for name, given in (
+        ("window_size", call.is_local and not can.backward_window),
+        ("deterministic", deterministic and packed and not can.backward_deterministic_packed),
         ("seqused_q", call.seqused_q is not None),
         ("seqused_k", call.seqused_k is not None),
         ("cu_seqlens of one side", (call.cu_seqlens_q is None) != (call.cu_seqlens_k is None)),
@@ -62,7 +65,7 @@ def backward(
     if call.is_empty:
         return torch.zeros_like(call.q), torch.zeros_like(call.k), torch.zeros_like(call.v)
     lengths = None if call.capturing else Lengths.of(call)
-    reasons = not_supported_reasons(call, lengths, dlse)
+    reasons = not_supported_reasons(call, lengths, dlse, deterministic)
     asked = asked_for()
     if reasons or asked == "torch":
         if asked == "flash_attn_npu":

@@ -20,10 +20,12 @@ class Capabilities:
     headdim_v_differs: bool = False
     window: bool = True
     softcap: bool = True
-    dense: bool = True  # keys that are neither packed nor paged
+    lists_keys: bool = False  # wants seqused_k, of which none may be 0, and rows of every sequence
     max_num_splits: int = 20  # AI cores of the smallest 910B
     metadata: bool = False
     backward: bool = False
+    backward_window: bool = True
+    backward_deterministic_packed: bool = True
     dtypes: Collection[torch.dtype] = (torch.float16, torch.bfloat16)
 
 
@@ -45,12 +47,13 @@ ASCEND_910_BEFORE_0_3 = Capabilities(
 ASCEND_950 = Capabilities(
     "on 950",
     page_sizes=(128, 256, 512, 1024),
-    headdims=(64, 128),
+    headdims=HEADDIMS_910,
     headdim_v_differs=True,
-    window=False,
-    softcap=False,
-    dense=False,
+    lists_keys=True,
     max_num_splits=1,
+    backward=True,
+    backward_window=False,
+    backward_deterministic_packed=False,
 )
 
 

@@ -97,8 +97,12 @@ def lower(call: Attention, can: Capabilities, lengths: Lengths | None) -> Attent
     """The steps of lowering.py that this kernel needs, and bounds for what no host has seen."""
     call = lowering.pad_headdim(call, can.headdims, equal=not can.headdim_v_differs)
     empty = call.cu_seqlens_k is not None and not (lengths and lengths.plain)
-    call = lowering.as_pages(call, can.page_sizes, force=empty or not can.dense)
+    call = lowering.as_pages(call, can.page_sizes, force=empty)
     call = lowering.split_unused_rows(call)
+    if can.lists_keys:
+        if call.cu_seqlens_q is not None and (lengths is None or 0 in lengths.seqlens_q):
+            call = lowering.drop_empty_sequences(call)
+        call = replace(call, seqused_k=lowering.keys_in_use(call))
     return replace(bound(call), q=call.q.contiguous())
 
 
@@ -147,6 +151,7 @@ def launch(call: Attention, found: Kernel, lengths: Lengths | None) -> tuple[Ten
         splits(call.num_splits, can_split, found),
         None,  # pack_gqa
         0,  # sm_margin
+        *((True,) if found.is_950 else ()),  # return_softmax_lse
     )
     softmax_lse: Tensor = result[1]
     if found.token_major_lse:

@@ -320,6 +320,20 @@ def split_unused_rows(call: Attention) -> Attention:
     )
 
 
+def drop_empty_sequences(call: Attention) -> Attention:
+    """Without the sequences that have no row of q. Waits for the device."""
+    assert call.cu_seqlens_q is not None
+    kept = call.cu_seqlens_q.diff().nonzero().flatten()
+    ends = call.cu_seqlens_q[1:][kept]
+    note(call, "sequences without rows of q are left out")
+    return replace(
+        call,
+        cu_seqlens_q=torch.cat((call.cu_seqlens_q[:1], ends)),
+        page_table=None if call.page_table is None else call.page_table[kept],
+        seqused_k=keys_in_use(call)[kept],
+    )
+
+
 def pad_headdim(call: Attention, headdims: Collection[int], equal: bool) -> Attention:
     """Zeros behind the head dimensions up to ones that the kernel has, which change neither scores
     nor values; `equal` if it wants headdim_v to be headdim. Of activations only."""

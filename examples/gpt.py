@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import fa3_ops  # noqa: F401  registers torch.ops.fa3npu
+import fa3_ops  # registers torch.ops.fa3npu, too
 
 ops = torch.ops.fa3npu
 
@@ -58,6 +58,7 @@ class PagedCache:
     v_cache: list[Tensor]
     page_table: Tensor  # (batch_size, max_num_pages_per_seq) int32
     cache_seqlens: Tensor  # (batch_size,) int32
+    scheduler_metadata: Tensor | None = None  # of the next decode step, see plan()
 
     @staticmethod
     def empty(
@@ -74,6 +75,22 @@ class PagedCache:
             v_cache=[torch.zeros(shape, dtype=dtype, device=device) for _ in range(c.n_layers)],
             page_table=page_table.to(device, torch.int32),
             cache_seqlens=torch.zeros(batch_size, dtype=torch.int32, device=device),
+        )
+
+
+    def plan(self, c: Config) -> None:
+        """Before each decode step, once for all layers: what a captured graph on an NPU needs to
+        know of the lengths. Elsewhere nothing reads it."""
+        dtype = self.k_cache[0].dtype
+        if self.cache_seqlens.device.type != "npu" or dtype not in (torch.float16, torch.bfloat16):
+            return
+        page_size = self.k_cache[0].shape[1]
+        self.scheduler_metadata = fa3_ops.get_scheduler_metadata(
+            *(len(self.cache_seqlens), 1, page_size * self.page_table.shape[1]),
+            *(c.nheads, c.nheads_k, c.headdim, self.cache_seqlens, dtype),
+            page_size=page_size,
+            max_seqlen_k_new=1,
+            causal=True,
         )
 
 
@@ -119,6 +136,7 @@ class Attention(nn.Module):
                 cu_seqlens_k_new=packed.cu_seqlens if packed else None,
                 max_seqlen_q=packed.max_seqlen if packed else None,
                 causal=True,
+                scheduler_metadata=None if packed else cache.scheduler_metadata,
             )
         else:
             assert packed is not None

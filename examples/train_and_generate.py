@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # Read when torch is imported: OpenMP threads that spin for long starve others on shared cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
@@ -42,6 +42,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, help="file to learn from (default: Python's manual)")
     parser.add_argument("--device", help="npu, cuda or cpu (default: the first of them there is)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on cpu, else bfloat16")
+    parser.add_argument(
+        "--backend",
+        choices=("inductor", "aot_eager", "npugraph_ex", "ge"),
+        help="of torch.compile; ge is torchair's graph (default: inductor, on npu npugraph_ex)",
+    )
+    parser.add_argument(
+        "--run-eagerly", action="store_true", help="ge: build the graph, run the step without it"
+    )
     parser.add_argument("--steps", type=int, default=900, help="of training (default: 900)")
     parser.add_argument("--batch", type=int, default=512, help="tokens per training step")
     parser.add_argument("--tokens", type=int, default=128, help="to generate per prompt")
@@ -56,6 +64,18 @@ def default_device() -> str:
         if hasattr(torch, name) and getattr(torch, name).is_available():
             return name
     return "cpu"
+
+
+def compile_step(step: DecodeStep, args: argparse.Namespace, device: torch.device) -> DecodeStep:
+    backend: Any = args.backend or ("npugraph_ex" if device.type == "npu" else "inductor")
+    if backend == "ge":
+        import torchair
+
+        config = torchair.CompilerConfig()
+        config.debug.run_eagerly = args.run_eagerly
+        backend = torchair.get_npu_backend(compiler_config=config)
+    compiled: DecodeStep = torch.compile(step, backend=backend, fullgraph=True)
+    return compiled
 
 
 def load_documents(path: Path | None) -> tuple[str, list[Tensor]]:
@@ -103,8 +123,9 @@ def train(
     model: GPT, documents: Sequence[Tensor], args: argparse.Namespace, dtype: torch.dtype
 ) -> None:
     steps, rng = args.steps, random.Random(args.seed)
+    fused = model.embedding.weight.device.type in ("cpu", "cuda")
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1.5e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        model.parameters(), lr=1.5e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=fused
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 20, 1 - step / (steps + 1))
@@ -154,6 +175,7 @@ def generate(model: GPT, decode: DecodeStep, prompts: Sequence[Tensor], noise: T
     cache.cache_seqlens += packed.cu_seqlens.diff()
     start = time.perf_counter()
     for i in range(1, noise.shape[1]):
+        cache.plan(model.config)
         logits.append(decode(tokens[-1], cache))
         tokens.append((logits[-1] + noise[:, i]).argmax(-1))
     texts = torch.stack(tokens, dim=1).cpu()  # waits for the device
@@ -254,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # argmax(logits + noise) draws from softmax(logits / temperature), the same for equal logits.
     noise = torch.empty(len(prompts), args.tokens, config.vocab_size).exponential_().log()
     noise = (-args.temperature * noise).to(device)
-    compiled_decode = torch.compile(decode, fullgraph=True)
+    compiled_decode = compile_step(decode, args, device)
     compiling = time.perf_counter()
     generate(model, compiled_decode, prompts, noise[:, :2])
     compiling = time.perf_counter() - compiling

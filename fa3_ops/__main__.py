@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from fa3_ops import consistency
+from fa3_ops import consistency, doctor
 from fa3_ops.info import report
 
 
@@ -15,9 +15,13 @@ def main(arguments: list[str] | None = None) -> int:
         description="Without a command: what this machine has (versions, devices, backends).",
     )
     commands = parser.add_subparsers(dest="command", metavar="command")
-    command = commands.add_parser("consistency", help="run the bitwise contract on a device")
-    consistency.add_arguments(command)
-    command.set_defaults(run=consistency.main)
+    for module, what in (
+        (consistency, "run the bitwise contract on a device"),
+        (doctor, "check versions, results and bits; prints one report to paste into an issue"),
+    ):
+        command = commands.add_parser(module.__name__.removeprefix("fa3_ops."), help=what)
+        module.add_arguments(command)
+        command.set_defaults(run=module.main)
     chosen = parser.parse_args(arguments)
     if chosen.command is None:
         print(report())

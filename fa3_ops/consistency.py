@@ -73,7 +73,8 @@ class Case:
         self.setting = setting
         self.seqlens = setting.seqlens
         self.batch_size = len(self.seqlens)
-        self.served: set[str] = set()
+        self.served: set[str] = set()  # the backends of the comparison that runs
+        self.expected_by: set[str] = set()  # those of the expected bits
         generator = torch.Generator().manual_seed(0)
 
         def rand(*shape: int, dtype: torch.dtype = setting.dtype) -> Tensor:
@@ -111,9 +112,10 @@ class Case:
     @cached_property
     def expected(self) -> list[tuple[Tensor, Tensor]]:
         """out (seqlen, nheads, headdim) and softmax_lse (nheads, seqlen) of each sequence alone."""
-        return [
-            (out[0], softmax_lse[0]) for out, softmax_lse in map(self.alone, range(self.batch_size))
-        ]
+        self.served.clear()
+        results = [self.alone(b) for b in range(self.batch_size)]
+        self.expected_by = set(self.served)
+        return [(out[0], softmax_lse[0]) for out, softmax_lse in results]
 
     def alone(self, b: int) -> tuple[Tensor, Tensor]:
         result: tuple[Tensor, Tensor] = self.call(
@@ -323,7 +325,7 @@ def caches(cache: Paged) -> tuple[Tensor, Tensor]:
 
 
 def decode_starts(case: Case, steps: int) -> dict[int, int]:
-    """Where to begin decoding each sequence that is long enough: before 512 and 1024, or its end."""
+    """Where to decode each sequence that is long enough: across 512 or 1024, or at its end."""
     starts = {}
     for b, n in enumerate(case.seqlens):
         if n >= steps:
@@ -404,8 +406,8 @@ def strided_caches(case: Case) -> Iterator[Pair]:
         yield from case.same(b, out[b], softmax_lse[b], n - 1)
     cache = case.paged(128).filled(case)
     for dim in (1, 2):
-        both = torch.stack(caches(cache), dim=dim)
-        yield from attend(case, Paged(*both.unbind(dim), cache.page_table), rows=20)
+        k_cache, v_cache = torch.stack(caches(cache), dim=dim).unbind(dim)
+        yield from attend(case, Paged(k_cache, v_cache, cache.page_table), rows=20)
 
 
 def few_splits(case: Case) -> Iterator[Pair]:
@@ -583,8 +585,10 @@ class Outcome:
 def run(comparison: Comparison, case: Case) -> Outcome:
     """Compares; an exception becomes the outcome's error."""
     outcome = Outcome(comparison, case.setting.device)
-    case.served.clear()
     try:
+        if comparison.function is not backward:  # which compares gradients with one another
+            assert case.expected
+        case.served = set(case.expected_by)
         for wanted, got in comparison.function(case):
             outcome.count(wanted, got)
     except Exception as error:
@@ -663,6 +667,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Prints the table; 1 if something that is promised did not hold."""
     device = arguments.device or best_device()
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:
+        print(f"no device {device} here: {type(error).__name__}: {error}".splitlines()[0])
+        return 1
     dtypes = [DTYPES[name] for name in arguments.dtype] if arguments.dtype else None
     results = check(settings(device, dtypes))
     print(results.table())

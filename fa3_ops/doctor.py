@@ -331,7 +331,7 @@ def check_calls(report: Report, title: str, calls: list[Call], device: str) -> C
         backend, what = attempt_call(call, device)
         served[backend] += 1
         if what:
-            wrong.append((f"{call.name} ({backend})", what))
+            wrong.append((f"{title}, {call.name} ({backend})", what))
     right = f"{len(calls) - len(wrong)} of {len(calls)} right"
     report.say(title, f"{right}, served by {counted(served)}")
     for name, what in wrong:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 
@@ -11,7 +12,7 @@ import torch
 Row = tuple[str, str]
 
 
-def _version(distribution: str) -> str:
+def version(distribution: str) -> str:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -21,10 +22,10 @@ def _version(distribution: str) -> str:
 def versions() -> list[Row]:
     names = ("torch_npu", "triton", "flash_attn_npu")
     return [
-        ("fa3_ops", _version("fa3_ops")),
+        ("fa3_ops", version("fa3_ops")),
         ("python", platform.python_version()),
         ("torch", torch.__version__),
-        *((name, _version(name)) for name in names),
+        *((name, version(name)) for name in names),
     ]
 
 
@@ -40,19 +41,34 @@ def devices() -> list[Row]:
     return rows
 
 
+def cpu() -> str:
+    capability = torch.ops.fa3npu.cpu_capability()
+    forced = " (FA3NPU_CPU_CAPABILITY)" if os.environ.get("FA3NPU_CPU_CAPABILITY") else ""
+    return f"available, instruction set {capability}{forced}"
+
+
+def npu() -> str:
+    """Looks only at what is imported: importing torch_npu where CANN is missing fails."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return "not available: torch_npu is not installed"
+    imported = getattr(torch, "npu", None)
+    if imported is None:
+        return "not available: torch_npu is installed and was not imported with torch"
+    if not imported.is_available():
+        return "not available: torch_npu finds no device"
+    from fa3_ops.backends.npu import device
+
+    found = device.kernel()
+    if isinstance(found, str):
+        return f"available: fused_infer_attention, torch ({found})"
+    numbers = ".".join(map(str, found.version))
+    return f"available: flash_attn_npu {numbers}, fused_infer_attention, torch"
+
+
 def backends() -> list[Row]:
     """Every backend of the design, and why one that is not there is not."""
-    capability = torch.ops.fa3npu.cpu_capability()
-    forced = os.environ.get("FA3NPU_CPU_CAPABILITY")
-    cpu = f"available, instruction set {capability}"
-    if forced:
-        cpu += " (FA3NPU_CPU_CAPABILITY)"
-    missing = "not available: this version of fa3_ops has no {} kernels yet"
-    return [
-        ("cpu", cpu),
-        ("npu", missing.format("Ascend NPU")),
-        ("triton", missing.format("Triton")),
-    ]
+    missing = "not available: this version of fa3_ops has no Triton kernels yet"
+    return [("cpu", cpu()), ("npu", npu()), ("triton", missing)]
 
 
 def report() -> str:

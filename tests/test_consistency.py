@@ -88,6 +88,17 @@ def test_an_exception_becomes_a_line(
     assert "| alone or in any batch | held |" in printed
 
 
+def test_a_device_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def empty(*size: int, device: str) -> torch.Tensor:
+        raise RuntimeError("no driver\nstack")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    assert __main__.main(["consistency", "--device", "cuda"]) == 1
+    assert capsys.readouterr().out == "no device cuda here: RuntimeError: no driver\n"
+
+
 def splits(device: str, backend: str) -> Outcome:
     comparison = next(c for c in COMPARISONS if c.name == "num_splits above 1")
     return Outcome(comparison, device, elements=100, differing=3, largest=1e-5, served={backend})

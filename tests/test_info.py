@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import fa3_ops
+from fa3_ops import info
+from fa3_ops.backends.npu import device as npu_device
+from fa3_ops.backends.npu.device import Kernel
 
 
 def run(code: list[str], capability: str = "") -> subprocess.CompletedProcess[str]:
@@ -31,7 +38,49 @@ def test_report() -> None:
     assert rows["fa3_ops"] == fa3_ops.__version__
     # "cpu" is a device and a backend; the backend comes last
     assert rows["cpu"].startswith("available, instruction set ")
-    assert "no Ascend NPU kernels" in rows["npu"]
+    assert rows["triton"].startswith("not available")
+
+
+def test_report_does_not_import_torch_npu(tmp_path: Path) -> None:
+    """Where CANN is missing, importing it fails."""
+    (tmp_path / "torch_npu.py").write_text("raise SystemExit('imported')")
+    environment = os.environ | {
+        "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+    }
+    printed = subprocess.run(
+        [sys.executable, "-m", "fa3_ops"], capture_output=True, text=True, env=environment
+    ).stdout
+    assert "torch_npu is installed and was not imported with torch" in printed
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        ("flash_attn_npu is not installed", "torch (flash_attn_npu is not installed)"),
+        (Kernel((0, 4), ModuleType("raw"), False), "available: flash_attn_npu 0.4, fused"),
+    ],
+)
+def test_what_an_npu_has(monkeypatch: pytest.MonkeyPatch, found: Any, said: str) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    device = SimpleNamespace(is_available=lambda: False)
+    monkeypatch.setattr(torch, "npu", device, raising=False)
+    assert info.npu() == "not available: torch_npu finds no device"
+    device.is_available = lambda: True
+    monkeypatch.setattr(npu_device, "kernel", lambda: found)
+    assert said in info.npu()
+
+
+def test_without_torch_npu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert info.npu() == "not available: torch_npu is not installed"
+
+
+def test_help_names_the_commands() -> None:
+    printed = run(["-m", "fa3_ops", "--help"])
+    assert printed.returncode == 0
+    assert "consistency" in printed.stdout
+    assert "doctor" in printed.stdout
 
 
 def test_instruction_set_can_be_forced() -> None:

@@ -1,5 +1,5 @@
-"""Every test of this folder runs on the emulated NPU: see emulator/README.md. It needs torch_npu and
-so a virtual environment of its own, which `make test` sets up."""
+"""Every test of this folder runs on the emulated NPU: see emulator/README.md. It needs torch_npu
+and so a virtual environment of its own, which `make test` sets up."""
 
 from __future__ import annotations
 

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from npu_calls import assert_close, assert_lse, on_npu, to_npu
+from npu_calls import assert_close, assert_lse, to_npu
 from strategies import dense_calls, kvcache_calls, varlen_calls
-from torch import Tensor
 
 import fa3_ops
 from fa3_ops import reference

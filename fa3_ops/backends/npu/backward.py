@@ -96,7 +96,7 @@ def launch(
     )
     softmax_lse = from_start(softmax_lse.masked_fill(softmax_lse == -NO_KEY, NO_KEY))
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    left, right = call.window_size
+    left, right = (-1, -1) if call.causal else call.window_size
     found.module.bwd(
         dout,
         q,

@@ -49,8 +49,8 @@ class Kernel:
 
     @property
     def relative_cu_seqlens(self) -> bool:
-        """Releases before 0.3 count rows of q from cu_seqlens_q[0], later ones from 0."""
-        return self.version < (0, 3)
+        """Releases before 0.3, and those for 950, count rows of q from cu_seqlens_q[0]."""
+        return self.version < (0, 3) or self.is_950
 
     @property
     def token_major_lse(self) -> bool:

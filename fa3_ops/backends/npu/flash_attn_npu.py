@@ -81,8 +81,6 @@ class FlashAttnNpu:
         lowered = self.lower(call, lengths)
         out, softmax_lse = launch(lowered, found, lengths)
         plain = lengths is not None and lengths.plain
-        if lowered.cu_seqlens_q is not None and not plain and not found.token_major_lse:
-            softmax_lse = by_total_q(softmax_lse, lowered.cu_seqlens_q)
         out, softmax_lse = as_asked(call, out, softmax_lse)
         if not plain:
             clear(out, softmax_lse, blind_rows(call))
@@ -111,9 +109,10 @@ def launch(call: Attention, found: Kernel, lengths: Lengths | None) -> tuple[Ten
     q, cu_seqlens_q = call.q, call.cu_seqlens_q
     out = torch.empty((*q.shape[:-1], call.headdim_v), dtype=q.dtype, device=q.device)
     into = out
-    if found.relative_cu_seqlens and lengths is not None and lengths.cu_seqlens_q:
-        q, into = q[lengths.cu_seqlens_q[0] :], out[lengths.cu_seqlens_q[0] :]
-    left, right = call.window_size
+    first = lengths.cu_seqlens_q[0] if lengths is not None and lengths.cu_seqlens_q else 0
+    if found.relative_cu_seqlens and first > 0 and cu_seqlens_q is not None:
+        q, into, cu_seqlens_q = q[first:], out[first:], cu_seqlens_q - first
+    left, right = (-1, -1) if call.causal else call.window_size
     can_split = call.page_table is not None and cu_seqlens_q is not None
     metadata = call.scheduler_metadata
     result: list[Any] = found.fwd(
@@ -156,6 +155,8 @@ def launch(call: Attention, found: Kernel, lengths: Lengths | None) -> tuple[Ten
     softmax_lse: Tensor = result[1]
     if found.token_major_lse:
         softmax_lse = softmax_lse.transpose(-1, -2).contiguous()
+    elif cu_seqlens_q is not None and not (lengths is not None and lengths.plain):
+        softmax_lse = by_total_q(softmax_lse, cu_seqlens_q)
     if into is not out:
         before = softmax_lse.new_zeros((*softmax_lse.shape[:-1], len(out) - len(into)))
         softmax_lse = torch.cat((before, softmax_lse), dim=-1)

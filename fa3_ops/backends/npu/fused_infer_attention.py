@@ -87,6 +87,8 @@ def lower(call: Attention, lengths: Lengths) -> Attention:
         call, sizes, force=not lengths.plain, counts_keys=call.cu_seqlens_q is None
     )
     call = lowering.split_unused_rows(call)
+    if call.cu_seqlens_q is not None and not lengths.plain:
+        call = lowering.cover_all_rows(call)
     return replace(bound(call), q=call.q.contiguous())
 
 

@@ -1,7 +1,8 @@
 """Writing graphs of CANN's graph engine (GE) in Python's notation, for our torchair converters.
 
-ge_apis, constructors of GE's operators, is not public in torchair, but its own converters are
-written with it. What is public, torchair.ge, has custom_op, Const and Cast alone.
+Two names that are not public in torchair are used: _ge_concrete_graph.ge_apis, constructors of
+GE's operators that its own converters are written with, and ge._ge_graph.get_default_ge_graph, the
+graph being built. What is public, torchair.ge, has custom_op, Const and Cast alone.
 """
 
 from __future__ import annotations
@@ -112,8 +113,8 @@ def framed(x: GeTensor, value: Any) -> Value:
 
 def without(x: GeTensor, *, first: bool) -> Value:
     """(n,) without its first or its last element."""
-    begin, end = ([1], [0]) if first else ([0], [-1])
-    cut = ge.StridedSlice(x, tensor(begin), tensor(end), tensor([1]), end_mask=int(first))
+    begin, end = (1, 2147483647) if first else (0, -1)
+    cut = ge.StridedSliceV2(x, *(tensor([n]) for n in (begin, end, 0, 1)))  # ..., axes, strides
     return Value(cut)
 
 

@@ -320,6 +320,21 @@ def split_unused_rows(call: Attention) -> Attention:
     )
 
 
+def cover_all_rows(call: Attention) -> Attention:
+    """Packed rows before the first sequence and behind the last become sequences of their own."""
+    assert call.cu_seqlens_q is not None
+    assert call.page_table is not None
+    ends = call.cu_seqlens_q.new_tensor([0, call.q.shape[0]])
+    note(call, "rows of q outside every sequence are set apart as sequences of their own")
+    return replace(
+        call,
+        cu_seqlens_q=torch.cat((ends[:1], call.cu_seqlens_q, ends[1:])),
+        max_seqlen_q=call.q.shape[0],
+        page_table=F.pad(call.page_table, (0, 0, 1, 1)),
+        seqused_k=F.pad(keys_in_use(call), (1, 1), value=1),
+    )
+
+
 def drop_empty_sequences(call: Attention) -> Attention:
     """Without the sequences that have no row of q. Waits for the device."""
     assert call.cu_seqlens_q is not None

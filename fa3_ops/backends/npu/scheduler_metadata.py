@@ -8,6 +8,7 @@ on the device: results of a call that its metadata was not made for are NaN.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ from fa3_ops.backends.attention import Attention
 from fa3_ops.backends.npu import device
 from fa3_ops.backends.npu.capabilities import splits
 from fa3_ops.backends.npu.device import Kernel
+from fa3_ops.backends.npu.lengths import Lengths
 
 RAW_BYTES = 2384  # of flash_attn_npu 0.4.2
 
@@ -67,6 +69,16 @@ def stale(call: Attention) -> Tensor:
     return (made_for != expected).any()
 
 
+@functools.cache
+def make_mask(at: torch.device) -> None:
+    """The kernel makes its causal mask in the first call that needs one, and waits for it: before a
+    capture, so that the captured call need not."""
+    q = torch.zeros(1, 1, 1, 16, dtype=torch.float16, device=at)
+    backend = FlashAttnNpu()
+    call = Attention(q, q, q, causal=True)
+    backend.forward(call, Lengths.of(call))
+
+
 def get_scheduler_metadata(
     batch_size: int,
     max_seqlen_q: int,
@@ -111,6 +123,8 @@ def get_scheduler_metadata(
     # As the call will have them: see lengths.bound.
     seqlens_k = seqlens_k.clamp(1, max(pages * (page_size or 0), 1))
     left, right = window_size
+    left, right = max(left, -1), 0 if causal else max(right, -1)
+    causal = (left, right) == (-1, 0)
     fingerprint = _fingerprint(
         batch_size,
         max_seqlen_q,
@@ -121,13 +135,15 @@ def get_scheduler_metadata(
         headdim_v,
         page_size,
         qkv_dtype,
-        max(left, -1),
-        0 if causal else max(right, -1),
+        left,
+        right,
         softcap,
         scale,
         max(num_splits, 1),
     )
     found = device.kernel()
+    if isinstance(found, Kernel) and not found.is_950:
+        make_mask(cache_seqlens.device)
     if isinstance(found, Kernel) and found.version >= (0, 4) and not found.is_950 and page_size:
         made: Tensor = found.module.get_scheduler_metadata(
             batch_size,
@@ -147,8 +163,7 @@ def get_scheduler_metadata(
             page_size,
             0,  # max_seqlen_k_new
             causal,
-            left,
-            right,
+            *((-1, -1) if causal else (left, right)),
             0,  # attention_chunk
             softcap,
             splits(num_splits, cu_seqlens_q is not None, found),

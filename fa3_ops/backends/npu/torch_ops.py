@@ -39,7 +39,9 @@ class TorchOps:
         blind = ~s.seen.any(-1)
         lse = lse.masked_fill(blind, NO_KEY)
         out = rows.unpad(out.transpose(1, 2), 0.0).to(call.q.dtype)
-        return out, rows.unpad(lse.transpose(1, 2), NO_KEY).transpose(-1, -2).contiguous()
+        return out.contiguous(), rows.unpad(lse.transpose(1, 2), NO_KEY).transpose(
+            -1, -2
+        ).contiguous()
 
 
 class PaddedRows:
@@ -175,8 +177,11 @@ def backward(
     dq = rows.unpad(torch.matmul(dscores, s.keys).transpose(1, 2), 0.0)
     dk = torch.matmul(dscores.transpose(-1, -2), s.q)
     dv = torch.matmul(weights.transpose(-1, -2), dout_rows)
-    dk, dv = (per_key(call, x) for x in (dk, dv))
-    return dq.to(call.q.dtype), dk.to(call.k.dtype), dv.to(call.v.dtype)
+    gradients = zip(
+        (dq, per_key(call, dk), per_key(call, dv)), (call.q, call.k, call.v), strict=True
+    )
+    dq, dk, dv = (x.to(like.dtype).contiguous() for x, like in gradients)
+    return dq, dk, dv
 
 
 def per_key(call: Attention, x: Tensor) -> Tensor:

@@ -1,0 +1,166 @@
+"""Gradients on NPU tensors against float64 autograd through the reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from npu_calls import on_npu
+from sample_inputs import ints, rand
+from torch import Tensor
+
+import fa3_ops
+from fa3_ops import reference
+from fa3_ops.backends.npu import device
+
+FALLBACK = pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
+
+
+def dense(d: int, d_v: int, dtype: torch.dtype) -> list[Tensor]:
+    shapes = ((2, 9, 4, d), (2, 17, 2, d), (2, 17, 2, d_v))
+    return [rand(*shape, dtype=dtype) for shape in shapes]
+
+
+def gradients(
+    function: Any, inputs: list[Tensor], call: dict[str, Any], to: Any, with_lse: bool = False
+) -> list[Tensor]:
+    leaves = [to(x).requires_grad_() for x in inputs]
+    call = {name: to(x) if isinstance(x, Tensor) else x for name, x in call.items()}
+    out, softmax_lse = function(*leaves, **call)
+    generator = torch.Generator().manual_seed(0)
+    loss = (out * to(torch.randn(out.shape, generator=generator).to(inputs[0].dtype))).sum()
+    if with_lse:
+        loss = loss + (softmax_lse * to(torch.randn(softmax_lse.shape, generator=generator))).sum()
+    return [x.cpu() for x in torch.autograd.grad(loss, leaves)]
+
+
+def check(
+    name: str, inputs: list[Tensor], with_lse: bool = False, slack: float = 0.02, **call: Any
+) -> None:
+    function = getattr(fa3_ops, name)
+    flags = {"return_attn_probs": True}
+    plain = {
+        k: v for k, v in call.items() if k not in ("deterministic", "max_seqlen_q", "max_seqlen_k")
+    }
+    got = gradients(function, inputs, call | flags, on_npu, with_lse)
+    want = gradients(
+        reference.batched,
+        inputs,
+        plain,
+        lambda x: x.double() if x.is_floating_point() else x,
+        with_lse,
+    )
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x.double(), y.double(), rtol=0.02, atol=slack)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("d", "d_v"), [(64, 64), (80, 80), (128, 128), (96, 64), (33, 7), (192, 128)]
+)
+def test_head_dims_are_padded(dtype: torch.dtype, d: int, d_v: int) -> None:
+    slack = 0.02 if dtype == torch.float16 else 0.15
+    check("flash_attn_func", dense(d, d_v, dtype), causal=True, slack=slack)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {},
+        {"causal": True},
+        {"window_size": (5, 2)},
+        {"window_size": (3, -1)},
+        {"softcap": 2.0, "causal": True},
+        {"softmax_scale": 0.3},
+        {"deterministic": True},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("error::fa3_ops.FallbackWarning")
+def test_flash_attn_npu_serves(call: dict[str, Any]) -> None:
+    check("flash_attn_func", dense(64, 64, torch.float16), **call)
+    packed = [rand(11, 4, 64, dtype=torch.float16)] + [
+        rand(23, 2, 64, dtype=torch.float16) for _ in range(2)
+    ]
+    lengths = {"cu_seqlens_q": ints(0, 5, 11), "cu_seqlens_k": ints(0, 11, 23)}
+    check("flash_attn_varlen_func", packed, **lengths, max_seqlen_q=6, max_seqlen_k=12, **call)
+
+
+def test_slices_of_one_projection() -> None:
+    """The kernel drops storage offsets and takes every stride for dense."""
+    qkv = rand(2, 9, 3, 4, 64, dtype=torch.float16)
+    check("flash_attn_func", list(qkv.unbind(2)), causal=True)
+
+
+def test_a_storage_offset() -> None:
+    base = rand(3, 9, 4, 64, dtype=torch.float16)
+    check("flash_attn_func", [base[1:], base[:2].clone(), base[1:].clone()], causal=True)
+
+
+@FALLBACK
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"alibi_slopes": torch.rand(4)},
+        {"attention_chunk": 4},
+        {"causal": True, "sinks": rand(4)},
+        {"causal": True, "window_size": (4, -1), "softcap": 3.0},
+    ],
+    ids=lambda call: " ".join(call),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_plain_torch_serves_the_rest(call: dict[str, Any], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    slack = 1e-3 if dtype == torch.float32 else 0.02
+    check("flash_attn_func", dense(24, 16, dtype), with_lse=True, slack=slack, **call)
+
+
+@FALLBACK
+def test_rows_without_keys_and_unused_rows() -> None:
+    q, k, v = (rand(n, h, 32, dtype=torch.float16) for n, h in ((14, 4), (20, 2), (20, 2)))
+    lengths = {"cu_seqlens_q": ints(1, 7, 7, 12), "cu_seqlens_k": ints(0, 3, 9, 18)}
+    used = {"seqused_q": ints(4, 0, 5), "seqused_k": ints(3, 2, 0)}
+    bounds = {"max_seqlen_q": 6, "max_seqlen_k": 9}
+    for extra in ({}, used):
+        check("flash_attn_varlen_func", [q, k, v], **lengths, **extra, **bounds, causal=True)
+
+
+@FALLBACK
+def test_gradient_of_sinks() -> None:
+    q, k, v = (x.requires_grad_() for x in dense(32, 32, torch.float32))
+    sinks = rand(4, grad=True)
+    out, _ = reference.batched(q, k, v, sinks=sinks, causal=True)
+    (want,) = torch.autograd.grad(out.sum(), sinks)
+    device_sinks = sinks.detach().npu().requires_grad_()
+    inputs = (x.detach().npu().requires_grad_() for x in (q, k, v))
+    out = fa3_ops.flash_attn_func(*inputs, sinks=device_sinks, causal=True)
+    (got,) = torch.autograd.grad(out.sum(), device_sinks)
+    torch.testing.assert_close(got.cpu().double(), want.double(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_deterministic_flag_reaches_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = device.kernel()
+    assert not isinstance(found, str)
+    seen = []
+    bwd = found.module.bwd
+
+    def spy(*arguments: Any) -> Any:
+        seen.append(arguments[20])
+        return bwd(*arguments)
+
+    monkeypatch.setattr(found.module, "bwd", spy)
+    for flag in (False, True):
+        leaves = [on_npu(x).requires_grad_() for x in dense(64, 64, torch.float16)]
+        fa3_ops.flash_attn_func(*leaves, deterministic=flag).sum().backward()
+    assert seen == [False, True]
+
+
+def test_deterministic_gradients_repeat() -> None:
+    def once() -> list[Tensor]:
+        torch.manual_seed(1)
+        call = {"deterministic": True, "causal": True, "return_attn_probs": True}
+        return gradients(fa3_ops.flash_attn_func, dense(64, 64, torch.float16), call, on_npu)
+
+    for x, y in zip(once(), once(), strict=True):
+        assert torch.equal(x, y)

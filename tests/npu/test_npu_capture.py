@@ -1,0 +1,251 @@
+"""torch.npu.graph: recorded once, replayed with other lengths, pages and queries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from npu_calls import assert_close, assert_lse
+from sample_inputs import ints, rand
+from torch import Tensor
+
+import fa3_ops
+from fa3_ops import reference
+
+B, HEADS, HEADS_K, D, PAGE, PAGES = 3, 4, 2, 64, 16, 12
+CAPACITY = PAGE * PAGES
+
+
+class Decoder:
+    """A decode step that appends and attends, its tensors where a graph finds them."""
+
+    def __init__(self, dtype: torch.dtype = torch.float16, **call: Any) -> None:
+        torch.manual_seed(0)
+        shape = (B * PAGES + 2, PAGE, HEADS_K, D)
+        self.k_cache, self.v_cache = (
+            rand(*shape, dtype=dtype).npu(),
+            rand(*shape, dtype=dtype).npu(),
+        )
+        self.page_table = torch.randperm(B * PAGES).int().view(B, PAGES).npu()
+        self.cache_seqlens = ints(3, 0, 17).npu()
+        self.q = rand(B, 1, HEADS, D, dtype=dtype).npu()
+        self.k, self.v = (rand(B, 1, HEADS_K, D, dtype=dtype).npu() for _ in range(2))
+        self.call = call
+
+    def made_metadata(self) -> Tensor:
+        return fa3_ops.get_scheduler_metadata(
+            *(B, 1, CAPACITY, HEADS, HEADS_K, D, self.cache_seqlens, self.q.dtype),
+            page_size=PAGE,
+            max_seqlen_k_new=1,
+            causal=True,
+            **self.call,
+        )
+
+    def step(self, scheduler_metadata: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return torch.ops.fa3npu.flash_attn_with_kvcache(
+            *(self.q, self.k_cache, self.v_cache, self.k, self.v),
+            cache_seqlens=self.cache_seqlens,
+            page_table=self.page_table,
+            causal=True,
+            scheduler_metadata=scheduler_metadata,
+            **self.call,
+        )
+
+    def advance(self) -> None:
+        for x in (self.q, self.k, self.v):
+            x.copy_(rand(*x.shape).to(x.dtype))
+        self.cache_seqlens += 1
+
+
+@pytest.mark.parametrize("call", [{}, {"window_size": (20, 0)}, {"softcap": 5.0}], ids=str)
+def test_decode_50_times_as_eager(call: dict[str, Any]) -> None:
+    graphed, eager = Decoder(**call), Decoder(**call)
+    metadata = graphed.made_metadata()
+    graphed.step(metadata)  # the first causal call makes its mask and waits
+    eager.step()
+    graph = torch.npu.NPUGraph()
+    with torch.npu.graph(graph):
+        out, softmax_lse = graphed.step(metadata)
+    for step in range(50):
+        torch.manual_seed(step)
+        graphed.advance()
+        torch.manual_seed(step)
+        eager.advance()
+        if step % 10 == 9:  # pages move, as a server moves them
+            for decoder in (graphed, eager):
+                decoder.page_table.copy_(decoder.page_table.roll(1, 0))
+        metadata.copy_(graphed.made_metadata())
+        graph.replay()
+        want, want_lse = eager.step()
+        assert torch.equal(out.cpu(), want.cpu())
+        assert torch.equal(softmax_lse.cpu(), want_lse.cpu())
+        assert torch.equal(graphed.k_cache.cpu(), eager.k_cache.cpu())
+        assert torch.equal(graphed.v_cache.cpu(), eager.v_cache.cpu())
+
+
+def test_nothing_runs_while_a_graph_is_recorded() -> None:
+    decoder = Decoder()
+    metadata = decoder.made_metadata()
+    decoder.step(metadata)
+    before = decoder.k_cache.cpu()
+    decoder.advance()
+    with torch.npu.graph(torch.npu.NPUGraph()):
+        decoder.step(metadata)
+    assert torch.equal(decoder.k_cache.cpu(), before)
+
+
+def packed(q_lens: list[int], kv_lens: list[int], rows: int) -> dict[str, Tensor]:
+    return {
+        "cu_seqlens_q": ints(*torch.tensor([0, *q_lens]).cumsum(0).tolist()).npu(),
+        "cache_seqlens": ints(*kv_lens).npu(),
+        "q": rand(rows, HEADS, D, dtype=torch.float16).npu(),
+    }
+
+
+def test_padded_mixed_batches() -> None:
+    """One graph of 5 sequences and 12 rows serves batches of any lengths: sequences without rows or
+    keys, rows behind the last sequence, prefill beside decode."""
+    torch.manual_seed(0)
+    k_cache, v_cache = (rand(70, PAGE, HEADS_K, D, dtype=torch.float16).npu() for _ in range(2))
+    page_table = torch.randperm(70)[:60].int().view(5, 12).npu()
+    static = packed([1, 1, 1, 0, 0], [5, 1, 9, 0, 0], 12)
+
+    def made(batch: dict[str, Tensor]) -> Tensor:
+        return fa3_ops.get_scheduler_metadata(
+            *(5, 8, CAPACITY, HEADS, HEADS_K, D, batch["cache_seqlens"], torch.float16),
+            cu_seqlens_q=batch["cu_seqlens_q"],
+            page_size=PAGE,
+            causal=True,
+        )
+
+    def attend(batch: dict[str, Tensor], metadata: Tensor | None) -> tuple[Tensor, Tensor]:
+        return torch.ops.fa3npu.flash_attn_with_kvcache(
+            *(batch["q"], k_cache, v_cache),
+            cache_seqlens=batch["cache_seqlens"],
+            page_table=page_table,
+            cu_seqlens_q=batch["cu_seqlens_q"],
+            max_seqlen_q=8,
+            causal=True,
+            scheduler_metadata=metadata,
+        )
+
+    metadata = made(static)
+    attend(static, metadata)
+    graph = torch.npu.NPUGraph()
+    with torch.npu.graph(graph):
+        out, softmax_lse = attend(static, metadata)
+    for q_lens, kv_lens in (
+        ([1, 1, 1, 0, 0], [5, 1, 9, 0, 0]),
+        ([8, 1, 1, 1, 1], [100, 20, 1, 192, 3]),
+        ([4, 0, 8, 0, 0], [2, 0, 8, 0, 0]),  # more rows than keys: some see none
+        ([0, 0, 0, 0, 0], [0, 0, 0, 0, 0]),
+        ([1, 0, 3, 0, 1], [0, 7, 0, 0, 150]),
+    ):
+        batch = packed(q_lens, kv_lens, 12)
+        for name, x in batch.items():
+            static[name].copy_(x)
+        metadata.copy_(made(static))
+        graph.replay()
+        eager, eager_lse = attend(batch, None)
+        assert torch.equal(out.cpu(), eager.cpu())
+        assert torch.equal(softmax_lse.cpu(), eager_lse.cpu())
+        want, want_lse = reference.flash_attn_with_kvcache(
+            *(x.cpu() for x in (batch["q"], k_cache, v_cache)),
+            cache_seqlens=batch["cache_seqlens"].cpu(),
+            page_table=page_table.cpu(),
+            cu_seqlens_q=batch["cu_seqlens_q"].cpu(),
+            causal=True,
+        )
+        assert_close(out, want, torch.float16)
+        assert_lse(softmax_lse, want_lse, torch.float16)
+
+
+@pytest.mark.parametrize("what", ["lengths", "batch", "heads", "scale", "softcap"])
+def test_metadata_of_another_call_gives_nan(what: str) -> None:
+    """The kernel would believe it, and be wrong without a word."""
+    decoder = Decoder()
+    metadata = decoder.made_metadata()
+    assert not decoder.step(metadata)[0].cpu().isnan().any()
+    if what == "lengths":
+        decoder.cache_seqlens += 40
+    elif what == "batch":
+        with pytest.raises(ValueError, match="must be made for batch_size 3"):
+            decoder.step(metadata[:-4])
+        return
+    elif what == "heads":
+        decoder.q = decoder.q.repeat(1, 1, 2, 1)
+    elif what == "scale":
+        decoder.call = {"softmax_scale": 0.3}
+    else:
+        decoder.call = {"softcap": 3.0}
+    out, softmax_lse = decoder.step(metadata)
+    assert out.cpu().isnan().all()
+    assert softmax_lse.cpu().isnan().all()
+
+
+def test_without_metadata_plain_torch_is_captured() -> None:
+    decoder = Decoder()
+    graph = torch.npu.NPUGraph()
+    with (
+        pytest.warns(fa3_ops.FallbackWarning, match="graph capture without scheduler_metadata"),
+        torch.npu.graph(graph),
+    ):
+        out, softmax_lse = decoder.step()
+    for _ in range(3):
+        decoder.advance()
+        graph.replay()
+        lengths = decoder.cache_seqlens.cpu() + 1
+        want, want_lse = reference.batched(
+            *(x.cpu() for x in (decoder.q, decoder.k_cache, decoder.v_cache)),
+            seqused_k=lengths,
+            page_table=decoder.page_table.cpu(),
+            causal=True,
+        )
+        assert_close(out, want, torch.float16)
+        assert_lse(softmax_lse, want_lse, torch.float16)
+
+
+def test_a_host_sync_in_the_path_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fa3_ops.backends.npu import flash_attn_npu
+
+    decoder = Decoder()
+    metadata = decoder.made_metadata()
+    decoder.step(metadata)
+    blind_rows = flash_attn_npu.blind_rows
+
+    def waits(call: Any) -> Tensor:
+        call.seqused_k.max().item()
+        return blind_rows(call)
+
+    monkeypatch.setattr(flash_attn_npu, "blind_rows", waits)
+    with pytest.raises(RuntimeError), torch.npu.graph(torch.npu.NPUGraph()):
+        decoder.step(metadata)
+
+
+def test_making_metadata_cannot_be_captured_and_says_so() -> None:
+    decoder = Decoder()
+    with (
+        pytest.raises(ValueError, match="cannot be captured: call it before each replay"),
+        torch.npu.graph(torch.npu.NPUGraph()),
+    ):
+        decoder.made_metadata()
+    op = torch.ops.fa3npu.get_scheduler_metadata.default
+    assert torch.Tag.cudagraph_unsafe in op.tags
+
+
+def test_what_does_not_fit_is_left_out_of_a_captured_append() -> None:
+    """Nothing may be written outside the pages of its sequence."""
+    decoder = Decoder()
+    metadata = decoder.made_metadata()
+    decoder.step(metadata)
+    graph = torch.npu.NPUGraph()
+    with torch.npu.graph(graph):
+        decoder.step(metadata)
+    decoder.cache_seqlens.copy_(ints(CAPACITY, 4, 5).npu())
+    before = decoder.k_cache.cpu()
+    graph.replay()
+    after, table = decoder.k_cache.cpu(), decoder.page_table.cpu()
+    changed = (before != after).flatten(2).any(-1).nonzero().tolist()
+    expected = [[int(table[1, 0]), 4], [int(table[2, 0]), 5]]
+    assert sorted(changed) == sorted(expected)

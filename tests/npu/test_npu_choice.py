@@ -1,0 +1,415 @@
+"""Which kernel serves a call on NPU, what explain() says of it, and the tables of every release."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import expecttest
+import pytest
+import torch
+from npu_calls import assert_close, assert_lse, to_npu
+from sample_inputs import fp8, ints, rand
+from torch import Tensor
+
+import fa3_ops
+from fa3_ops import reference
+from fa3_ops.backends.npu import device
+
+STANDIN = Path(__file__).parent / "standin"
+HALF = torch.float16
+
+
+def decode(d: int = 128, page_size: int = 128, dtype: torch.dtype = HALF) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {
+        "q": rand(2, 1, 8, d, dtype=dtype),
+        "k_cache": rand(6, page_size, 2, d, dtype=dtype),
+        "v_cache": rand(6, page_size, 2, d, dtype=dtype),
+        "cache_seqlens": ints(2 * page_size + 1, page_size),
+        "page_table": ints(4, 2, 0, 1, 5, 3).view(2, 3),
+        "causal": True,
+    }
+
+
+def without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "kernel", lambda: "flash_attn_npu is not installed")
+
+
+class TestExplain(expecttest.TestCase):
+    def test_decode(self) -> None:
+        text = str(fa3_ops.explain(fa3_ops.flash_attn_with_kvcache, **to_npu(decode())))
+        self.assertExpectedInline(
+            text,
+            """flash_attn_kvcache: flash_attn_npu""",
+        )
+
+    def test_everything_lowered(self) -> None:
+        call = decode(64, 32)
+        call |= {
+            "k": rand(2, 1, 2, 64, dtype=HALF),
+            "v": rand(2, 1, 2, 64, dtype=HALF),
+            "rotary_cos": rand(300, 16, dtype=HALF),
+            "rotary_sin": rand(300, 16, dtype=HALF),
+            "cache_leftpad": ints(3, 5),
+            "cache_batch_idx": ints(1, 0),
+            "sinks": rand(8),
+        }
+        npu = to_npu(call)
+        before = npu["k_cache"].cpu()
+        text = str(fa3_ops.explain(fa3_ops.flash_attn_with_kvcache, **npu))
+        self.assertExpectedInline(
+            text,
+            """\
+apply_rotary: torch
+apply_rotary: torch
+kvcache_append_: npu_scatter_pa_kv_cache
+flash_attn_kvcache: flash_attn_npu
+  cache_batch_idx selects rows of the page table
+  k and v are read in place as pages of one token
+  sinks rescale the result by its softmax_lse""",
+        )
+        assert torch.equal(npu["k_cache"].cpu(), before)
+
+    def test_what_no_fused_kernel_has(self) -> None:
+        call = decode(64, 7) | {"alibi_slopes": torch.rand(8), "attention_chunk": 8}
+        with warnings.catch_warnings(record=True):
+            text = str(fa3_ops.explain(fa3_ops.flash_attn_with_kvcache, **to_npu(call)))
+        self.assertExpectedInline(
+            text,
+            """\
+flash_attn_kvcache: torch
+  copies what is read of k and v, because plain torch operators read them dense
+  not flash_attn_npu: alibi_slopes, attention_chunk
+  not fused_infer_attention: alibi_slopes, attention_chunk""",
+        )
+
+    def test_a_cache_that_has_to_be_copied(self) -> None:
+        call = decode(64, 32)
+        call["k_cache"] = call["k_cache"].transpose(1, 2).contiguous().transpose(1, 2)
+        with warnings.catch_warnings(record=True):
+            text = str(fa3_ops.explain(fa3_ops.flash_attn_with_kvcache, **to_npu(call)))
+        self.assertExpectedInline(
+            text,
+            """\
+flash_attn_kvcache: flash_attn_npu
+  copies what is read of k and v, because its strides are not whole tokens""",
+        )
+
+    def test_on_cpu(self) -> None:
+        text = str(fa3_ops.explain(fa3_ops.flash_attn_with_kvcache, **decode()))
+        self.assertExpectedInline(text, """flash_attn_kvcache: cpu""")
+
+
+def test_a_fallback_warns_once_with_the_reasons() -> None:
+    call = to_npu(decode() | {"attention_chunk": 64})
+    with pytest.warns(fa3_ops.FallbackWarning) as caught:
+        for _ in range(3):
+            fa3_ops.flash_attn_with_kvcache(**call)
+    assert [str(w.message) for w in caught] == [
+        "fa3_ops: served by torch, because flash_attn_npu: attention_chunk; "
+        "fused_infer_attention: attention_chunk"
+    ]
+
+
+def test_strict_makes_a_fallback_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FA3NPU_STRICT", "1")
+    fa3_ops.flash_attn_with_kvcache(**to_npu(decode()))
+    with pytest.raises(NotImplementedError, match=r"attention_chunk.*FA3NPU_STRICT=1"):
+        fa3_ops.flash_attn_with_kvcache(**to_npu(decode() | {"attention_chunk": 64}))
+    strided = decode(64, 32)
+    strided["k_cache"] = strided["k_cache"].transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(NotImplementedError, match="copies what is read of the cache"):
+        fa3_ops.flash_attn_with_kvcache(**to_npu(strided))
+
+
+def test_a_backend_asked_for_by_name_serves_or_says_why_not() -> None:
+    call = to_npu(decode())
+    results = []
+    for name in ("flash_attn_npu", "fused_infer_attention", "torch"):
+        with fa3_ops.use_backend(name):
+            results.append(fa3_ops.flash_attn_with_kvcache(**call).cpu())
+    for result in results:
+        assert_close(result, results[2].double(), HALF)
+    assert not torch.equal(results[0], results[2])  # they really are different kernels
+    with (
+        fa3_ops.use_backend("fused_infer_attention"),
+        pytest.raises(NotImplementedError, match="cannot serve the call: softcap"),
+    ):
+        fa3_ops.flash_attn_with_kvcache(**call, softcap=3.0)
+    with fa3_ops.use_backend("cuda"), pytest.raises(ValueError, match="got cuda"):
+        fa3_ops.flash_attn_with_kvcache(**call)
+
+
+def test_float64_is_refused_with_the_reasons() -> None:
+    call = to_npu(decode(dtype=torch.float64))
+    with pytest.raises(NotImplementedError, match=r"torch: dtype torch\.float64"):
+        fa3_ops.flash_attn_with_kvcache(**call)
+
+
+@pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
+def test_without_flash_attn_npu_the_fused_operator_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_kernel(monkeypatch)
+    for call in (decode(), decode() | {"window_size": (60, 0)}, decode() | {"sinks": rand(8)}):
+        want, want_lse = reference.flash_attn_with_kvcache(**call)
+        explanation = fa3_ops.explain(fa3_ops.flash_attn_with_kvcache, **to_npu(call))
+        windowed = "window_size" in call  # a rule of the operator for one row of q
+        assert explanation.backend == ("torch" if windowed else "fused_infer_attention")
+        out, lse = fa3_ops.flash_attn_with_kvcache(**to_npu(call), return_softmax_lse=True)
+        assert_close(out, want, HALF)
+        assert_lse(lse, want_lse, HALF)
+
+
+@pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"causal": True},
+        {"causal": True, "window_size": (30, 0)},
+        {"window_size": (9, 20)},
+        {"cache_leftpad": ints(3, 60)},
+        {"cache_batch_idx": ints(1, 0)},
+        {"cache_seqlens": ints(3, 0), "causal": True},
+        {"sinks": rand(8), "causal": True},
+    ],
+    ids=lambda call: " ".join(call),
+)
+def test_the_fused_operator_with_many_rows(
+    call: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_kernel(monkeypatch)
+    call = decode() | {"q": rand(2, 40, 8, 128, dtype=HALF), "causal": False} | call
+    want, want_lse = reference.flash_attn_with_kvcache(**call)
+    with fa3_ops.use_backend("fused_infer_attention"):
+        out, lse = fa3_ops.flash_attn_with_kvcache(**to_npu(call), return_softmax_lse=True)
+    assert_close(out, want, HALF)
+    assert_lse(lse, want_lse, HALF)
+
+
+@pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
+@pytest.mark.parametrize("paged", [True, False])
+@pytest.mark.parametrize("used", [True, False])
+def test_the_fused_operator_with_packed_q(
+    paged: bool, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_kernel(monkeypatch)
+    torch.manual_seed(0)
+    call: dict[str, Any] = {"q": rand(14, 8, 128, dtype=HALF), "cu_seqlens_q": ints(0, 5, 5, 13)}
+    if paged:
+        name = "flash_attn_with_kvcache"
+        cache = decode()
+        call |= {x: cache[x] for x in ("k_cache", "v_cache")}
+        call |= {"page_table": ints(4, 2, 0, 1, 5, 3).view(3, 2), "cache_seqlens": ints(200, 3, 0)}
+        truth, flag = reference.flash_attn_with_kvcache, "return_softmax_lse"
+    else:
+        name = "flash_attn_varlen_func"
+        call |= {"k": rand(40, 2, 128, dtype=HALF), "v": rand(40, 2, 128, dtype=HALF)}
+        call |= {"cu_seqlens_k": ints(0, 17, 17, 40)}
+        if used:
+            call |= {"seqused_q": ints(4, 0, 6), "seqused_k": ints(9, 0, 20)}
+        truth, flag = reference.batched, "return_attn_probs"
+    want, want_lse = truth(**call, causal=True)
+    bounds = {"max_seqlen_q": 8} | ({} if paged else {"max_seqlen_k": 23})
+    with fa3_ops.use_backend("fused_infer_attention"):
+        function = getattr(fa3_ops, name)
+        out, lse = function(**to_npu(call), **bounds, causal=True, **{flag: True})
+    assert_close(out, want, HALF)
+    assert_lse(lse, want_lse, HALF)
+
+
+def standin(folder: str, name: str) -> ModuleType:
+    """A raw extension of the stand-in that is not on the path."""
+    sys.path.insert(0, str(STANDIN))
+    spec = importlib.util.spec_from_file_location(
+        f"standin_{name}", STANDIN / folder / f"{name}.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
+class TestReleasesBefore03:
+    """cu_seqlens_q relative to its first entry, softmax_lse token-major."""
+
+    @pytest.fixture(autouse=True)
+    def old(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        found = device.Kernel((0, 2), standin("old", "flash_attn_npu_3"), is_950=False)
+        monkeypatch.setattr(device, "kernel", lambda: found)
+
+    @pytest.mark.parametrize("first", [0, 4])
+    def test_packed_q(self, first: int) -> None:
+        torch.manual_seed(0)
+        call = decode() | {"q": rand(20, 8, 128, dtype=HALF)}
+        call["cu_seqlens_q"] = ints(first, first + 3, first + 9)
+        want, want_lse = reference.flash_attn_with_kvcache(**call)
+        with fa3_ops.use_backend("flash_attn_npu"):
+            out, lse = fa3_ops.flash_attn_with_kvcache(
+                **to_npu(call), max_seqlen_q=6, return_softmax_lse=True
+            )
+        assert_close(out, want, HALF)
+        assert_lse(lse, want_lse, HALF)
+
+    def test_dense_q(self) -> None:
+        call = decode() | {"q": rand(2, 3, 8, 128, dtype=HALF)}
+        want, want_lse = reference.flash_attn_with_kvcache(**call)
+        with fa3_ops.use_backend("flash_attn_npu"):
+            out, lse = fa3_ops.flash_attn_with_kvcache(**to_npu(call), return_softmax_lse=True)
+        assert_close(out, want, HALF)
+        assert_lse(lse, want_lse, HALF)
+
+    @pytest.mark.parametrize("call", [{"window_size": (5, 0)}, {"softcap": 2.0}], ids=str)
+    def test_what_it_lacks_is_served_otherwise(self, call: dict[str, Any]) -> None:
+        call = decode() | call
+        want, _ = reference.flash_attn_with_kvcache(**call)
+        assert fa3_ops.explain(fa3_ops.flash_attn_with_kvcache, **to_npu(call)).backend == "torch"
+        assert_close(fa3_ops.flash_attn_with_kvcache(**to_npu(call)), want, HALF)
+
+
+@pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
+class TestAscend950:
+    @pytest.fixture(autouse=True)
+    def newer(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        module = standin("new", "flash_attn_npu_3_950")
+        found = device.Kernel((0, 4), module, is_950=True)
+        monkeypatch.setattr(device, "kernel", lambda: found)
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            {},
+            {"q": rand(2, 3, 8, 128, dtype=HALF)},
+            {"cache_seqlens": ints(0, 40)},
+            {"cache_leftpad": ints(3, 60)},  # no pages of one token here: gathered
+            {"cache_batch_idx": ints(1, 0)},
+            {"window_size": (5, 0)},
+            {"softcap": 2.0},
+            decode(80),
+        ],
+        ids=lambda call: " ".join(call) or "plain",
+    )
+    def test_served(self, call: dict[str, Any]) -> None:
+        call = decode() | call
+        want, want_lse = reference.flash_attn_with_kvcache(**call)
+        with fa3_ops.use_backend("flash_attn_npu"):
+            out, lse = fa3_ops.flash_attn_with_kvcache(**to_npu(call), return_softmax_lse=True)
+        assert_close(out, want, HALF)
+        assert_lse(lse, want_lse, HALF)
+
+    def test_small_pages_are_gathered(self) -> None:
+        call = decode(64, 16)
+        want, want_lse = reference.flash_attn_with_kvcache(**call)
+        with fa3_ops.use_backend("flash_attn_npu"):
+            out, lse = fa3_ops.flash_attn_with_kvcache(**to_npu(call), return_softmax_lse=True)
+        assert_close(out, want, HALF)
+        assert_lse(lse, want_lse, HALF)
+
+    @pytest.mark.parametrize("first", [0, 2])
+    def test_packed_q_with_sequences_without_rows(self, first: int) -> None:
+        call = decode() | {"q": rand(11, 8, 128, dtype=HALF)}
+        call |= {"page_table": ints(4, 2, 0, 1, 5, 3).view(3, 2), "cache_seqlens": ints(9, 200, 0)}
+        call["cu_seqlens_q"] = ints(0, 4, 4, 7) + first
+        want, want_lse = reference.flash_attn_with_kvcache(**call)
+        with fa3_ops.use_backend("flash_attn_npu"):
+            out, lse = fa3_ops.flash_attn_with_kvcache(
+                **to_npu(call), max_seqlen_q=4, return_softmax_lse=True
+            )
+        assert_close(out, want, HALF)
+        assert_lse(lse, want_lse, HALF)
+
+    def test_training(self) -> None:
+        leaves = [rand(2, 9, h, 64, dtype=HALF) for h in (4, 2, 2)]
+        device_leaves = [x.npu().requires_grad_() for x in leaves]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fa3_ops.flash_attn_func(*device_leaves, causal=True).sum().backward()
+        double = [x.double().requires_grad_() for x in leaves]
+        reference.batched(*double, causal=True)[0].sum().backward()
+        for got, want in zip(device_leaves, double, strict=True):
+            assert got.grad is not None
+            torch.testing.assert_close(got.grad.cpu().double(), want.grad, rtol=0.02, atol=0.02)
+
+    def test_a_windowed_backward_is_served_otherwise(self) -> None:
+        leaves = [rand(1, 9, 2, 64, dtype=HALF).npu().requires_grad_() for _ in range(3)]
+        out = fa3_ops.flash_attn_func(*leaves, window_size=(3, 0))
+        with pytest.warns(fa3_ops.FallbackWarning, match="flash_attn_npu: window_size"):
+            out.sum().backward()
+
+
+def test_importing_us_needs_no_torch_npu() -> None:
+    code = (
+        "import fa3_ops, sys; "
+        "assert not [m for m in sys.modules if m.startswith(('torch_npu', 'torchair'))]"
+    )
+    environment = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PATH": "/usr/bin:/bin"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+@pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
+def test_fp8_is_dequantised() -> None:
+    descale: Tensor = 0.5 + torch.rand(2, 2)
+    call = decode(64, 16)
+    call |= {"q": fp8(2, 1, 8, 64), "k_cache": fp8(6, 16, 2, 64), "v_cache": fp8(6, 16, 2, 64)}
+    call |= {"q_descale": descale, "k_descale": descale, "v_descale": descale}
+    want, _ = reference.flash_attn_with_kvcache(**call)
+    out = fa3_ops.flash_attn_with_kvcache(**to_npu(call))
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.cpu().double(), want, rtol=2.0**-8, atol=5e-3)
+
+
+class TestErrors:
+    """Bad values are found before anything is written or read, with the CPU's words."""
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"cache_seqlens": ints(400, 3)}, r"cache_seqlens\[0\] must be in \[0, 384\], got 400"),
+            ({"cache_seqlens": ints(4, -3)}, r"cache_seqlens\[1\] must be in \[0, 384\], got -3"),
+            ({"cache_leftpad": ints(4, 200)}, r"cache_leftpad\[1\] must be in \[0, 128\]"),
+            ({"cache_batch_idx": ints(4, 0)}, r"cache_batch_idx\[0\] must be in \[0, 2\), got 4"),
+        ],
+        ids=lambda x: " ".join(x) if isinstance(x, dict) else "",
+    )
+    def test_attention(self, change: dict[str, Tensor], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            fa3_ops.flash_attn_with_kvcache(**to_npu(decode() | change))
+
+    def test_page_ids_are_bounded(self) -> None:
+        call = to_npu(decode() | {"page_table": ints(400, -2, 9, 7, 8, 9).view(2, 3)})
+        assert not fa3_ops.flash_attn_with_kvcache(**call).cpu().isnan().any()
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"cache_seqlens": ints(384, 3)}, r"cache_seqlens\[0\] must leave room for 1 new keys"),
+            ({"cache_seqlens": ints(5, -1)}, r"cache_seqlens\[1\] must not be negative, got -1"),
+            (
+                {"page_table": ints(4, 99, 0, 1, 5, 3).view(2, 3), "cache_seqlens": ints(130, 3)},
+                r"page_table\[0, 1\] must be in \[0, 6\), got 99",
+            ),
+        ],
+        ids=lambda x: " ".join(x) if isinstance(x, dict) else "",
+    )
+    def test_append_writes_nothing(self, change: dict[str, Tensor], message: str) -> None:
+        new = {"k": rand(2, 1, 2, 128, dtype=HALF), "v": rand(2, 1, 2, 128, dtype=HALF)}
+        call = to_npu(decode() | new | change)
+        before = call["k_cache"].cpu()
+        with pytest.raises(ValueError, match=message):
+            fa3_ops.flash_attn_with_kvcache(**call)
+        assert torch.equal(call["k_cache"].cpu(), before)
+
+    def test_a_rotation_past_the_table_writes_nothing(self) -> None:
+        new = {"k": rand(2, 1, 2, 128, dtype=HALF), "v": rand(2, 1, 2, 128, dtype=HALF)}
+        tables = {"rotary_cos": rand(200, 16, dtype=HALF), "rotary_sin": rand(200, 16, dtype=HALF)}
+        call = to_npu(decode() | new | tables)
+        before = call["k_cache"].cpu()
+        with pytest.raises(ValueError, match="rotary_cos must reach position 257 of sequence 0"):
+            fa3_ops.flash_attn_with_kvcache(**call)
+        assert torch.equal(call["k_cache"].cpu(), before)

@@ -1,0 +1,139 @@
+"""torch.compile on NPU tensors, but for GE (test_torchair_ge.py): the backends that run our kernels,
+under a graph capture or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchair  # before npugraph_ex: after it, it fails to load (torch_npu 2.13.0)
+from sample_inputs import ints, rand, rotary
+from torch import Tensor
+
+import fa3_ops
+from fa3_ops.backends.npu import kvcache_append
+
+ops = torch.ops.fa3npu
+HALF = torch.float16
+B, PAGE, PAGES, D = 2, 16, 8, 64
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def reduce_overhead() -> Any:
+    config = torchair.CompilerConfig()
+    config.mode = "reduce-overhead"
+    return torchair.get_npu_backend(compiler_config=config)
+
+
+BACKENDS: dict[str, Callable[[], Any]] = {
+    "npugraph_ex": lambda: "npugraph_ex",
+    "reduce-overhead": reduce_overhead,
+    "aot_eager": lambda: "aot_eager",
+    "eager": lambda: "eager",
+}
+
+
+def decode(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_seqlens: Tensor,
+    page_table: Tensor,
+    tables: tuple[Tensor, Tensor],
+    scheduler_metadata: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two layers that share a cache: each append is seen by what comes after it."""
+    before = k_cache.float().amax()
+    for _ in range(2):
+        q, softmax_lse = ops.flash_attn_with_kvcache(
+            *(q, k_cache, v_cache, k, v),
+            rotary_cos=tables[0],
+            rotary_sin=tables[1],
+            cache_seqlens=cache_seqlens,
+            page_table=page_table,
+            causal=True,
+            scheduler_metadata=scheduler_metadata,
+        )
+        k = k + 1
+    return q * 2, softmax_lse, k_cache.float().amax() - before
+
+
+def inputs() -> dict[str, Any]:
+    cos, sin = rotary(PAGE * PAGES, D)
+    return {
+        "q": rand(B, 1, 4, D, dtype=HALF).npu(),
+        "k_cache": rand(B * PAGES, PAGE, 2, D, dtype=HALF).npu(),
+        "v_cache": rand(B * PAGES, PAGE, 2, D, dtype=HALF).npu(),
+        "k": (rand(B, 1, 2, D, dtype=HALF) + 9).npu(),
+        "v": rand(B, 1, 2, D, dtype=HALF).npu(),
+        "cache_seqlens": ints(3, 40).npu(),
+        "page_table": torch.randperm(B * PAGES).int().view(B, PAGES).npu(),
+        "tables": (cos.half().npu(), sin.half().npu()),
+    }
+
+
+def metadata(call: dict[str, Any]) -> Tensor:
+    return fa3_ops.get_scheduler_metadata(
+        *(B, 1, PAGE * PAGES, 4, 2, D, call["cache_seqlens"], HALF),
+        page_size=PAGE,
+        max_seqlen_k_new=1,
+        causal=True,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_decode_loop_equals_eager(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = torch.compile(decode, backend=BACKENDS[backend](), fullgraph=True, dynamic=False)
+    captures = []
+    begin = torch.npu.NPUGraph.capture_begin
+    monkeypatch.setattr(
+        torch.npu.NPUGraph, "capture_begin", lambda *a, **k: captures.append(begin(*a, **k))
+    )
+    written = set()
+    scatter = kvcache_append.scatter
+
+    def spy(append: Any, *rest: Any) -> None:
+        written.add((append.k_cache.data_ptr(), append.v_cache.data_ptr()))
+        scatter(append, *rest)
+
+    monkeypatch.setattr(kvcache_append, "scatter", spy)
+    torch.manual_seed(1)
+    ours = inputs()
+    torch.manual_seed(1)
+    eager = inputs()
+    with torch.no_grad():
+        decode(**eager | {"scheduler_metadata": metadata(eager)})  # the kernel makes its mask
+        eager["k_cache"].copy_(ours["k_cache"])
+        eager["v_cache"].copy_(ours["v_cache"])
+        for step in range(6):
+            torch.manual_seed(step)
+            fresh = rand(B, 1, 4, D, dtype=HALF).npu()
+            want = decode(**eager | {"q": fresh, "scheduler_metadata": metadata(eager)})
+            if step == 1:
+                torch.compiler.set_stance("fail_on_recompile")
+            got = compiled(**ours | {"q": fresh, "scheduler_metadata": metadata(ours)})
+            for x, y in zip(got, want, strict=True):
+                assert torch.equal(x.cpu(), y.cpu())
+            for name in ("k_cache", "v_cache"):
+                assert torch.equal(ours[name].cpu(), eager[name].cpu())
+            for call in (ours, eager):
+                call["cache_seqlens"] += 1
+    torch.compiler.set_stance("default")
+    # One capture for all steps, and no copy of a cache: the append writes the caches themselves.
+    assert len(captures) == (1 if backend in ("npugraph_ex", "reduce-overhead") else 0)
+    caches = {(x["k_cache"].data_ptr(), x["v_cache"].data_ptr()) for x in (ours, eager)}
+    assert written == caches

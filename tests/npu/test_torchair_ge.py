@@ -1,0 +1,1191 @@
+# ruff: noqa: E501
+"""torch.compile(backend="npu") in torchair's GE mode: the graph it builds of our operators, and the
+numbers of that graph.
+
+GE itself is not emulated. Where torchair hands its finished graph to GE, `Interpreter` takes it and
+computes it operator by operator, by the rules that CANN documents for its two fused operators.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import cann_emulator
+import expecttest
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
+
+from fa3_ops import reference
+from fa3_ops.backends.npu import torchair as hook
+
+ops = torch.ops.fa3npu
+FUSED = ("ScatterPaKvCache", "FusedInferAttentionScore")
+COPIES = {"TensorMove", "Identity", "Assign"}
+FAR = 2147483647
+DTYPES = {
+    "DT_FLOAT": torch.float32,
+    "DT_FLOAT16": torch.float16,
+    "DT_INT32": torch.int32,
+    "DT_INT64": torch.int64,
+    "DT_BOOL": torch.bool,
+}
+
+cann_emulator.register_ir(
+    "ScatterPaKvCache",
+    dict.fromkeys(("key", "key_cache", "slot_mapping", "value", "value_cache"), "required")
+    | dict.fromkeys(("compress_lens", "compress_seq_offset", "seq_lens"), "optional"),
+    dict.fromkeys(("key_cache", "value_cache"), "required"),
+    {"cache_mode": "VT_STRING", "scatter_mode": "VT_STRING"},
+)
+
+
+# ---- A graph of GE, read and computed ----------------------------------------------------------
+
+
+def constant(op: Any) -> Tensor:
+    from torchair._ge_concrete_graph.ge_ir_pb2 import DataType
+
+    value = op.attr["value"].t
+    dtype, shape = DTYPES[DataType.Name(value.desc.dtype)], tuple(value.desc.shape.dim)
+    return torch.frombuffer(bytearray(value.data), dtype=dtype).view(shape)
+
+
+def ints(t: Tensor) -> list[int]:
+    return [int(n) for n in t.tolist()]
+
+
+def same_dtype(a: Tensor, b: Tensor) -> None:
+    sizes = a.dim() == b.dim() == 0  # which torchair adds as they come
+    assert sizes or a.dtype == b.dtype, f"GE takes one dtype, got {a.dtype} and {b.dtype}"
+
+
+def binary(f: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    def apply(op: Any, a: Tensor, b: Tensor) -> Tensor:
+        same_dtype(a, b)
+        return f(a, b)
+
+    return apply
+
+
+def gather(op: Any, x: Tensor, indices: Tensor, axis: Tensor) -> Tensor:
+    assert bool(((indices >= 0) & (indices < x.shape[int(axis)])).all()), "GatherV2 out of range"
+    return x[(slice(None),) * int(axis) + (indices.long(),)]
+
+
+def select(op: Any, condition: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    same_dtype(x, y)
+    return torch.where(condition, x, y)
+
+
+def strided_slice(op: Any, x: Tensor, *begin_end_axis_step: Tensor) -> Tensor:
+    begin, end, axis, step = (int(n) for n in begin_end_axis_step)
+    return x[(slice(None),) * axis + (slice(begin, end, step),)]
+
+
+def cast(op: Any, x: Tensor) -> Tensor:
+    from torchair.ge import DataType
+
+    return x.to(next(DTYPES[n] for n in DTYPES if getattr(DataType, n) == op.attr["dst_type"].i))
+
+
+def pad(op: Any, x: Tensor, paddings: Tensor) -> Tensor:
+    sides = [int(n) for before_after in paddings.flip(0) for n in before_after]
+    return torch.nn.functional.pad(x, sides)
+
+
+def unsqueeze(op: Any, x: Tensor) -> Tensor:
+    for axis in op.attr["axes"].list.i:
+        x = x.unsqueeze(axis)
+    return x
+
+
+def search_sorted(op: Any, cu_seqlens: Tensor, values: Tensor, sorter: None = None) -> Tensor:
+    same_dtype(cu_seqlens, values)
+    return torch.searchsorted(cu_seqlens, values, right=op.attr["right"].b, out_int32=True)
+
+
+def as_strided(size: Tensor, stride: Tensor, offset: Tensor) -> tuple[list[int], list[int], int]:
+    return ints(size), ints(stride), int(offset)
+
+
+def view_copy(op: Any, x: Tensor, *layout_and_source: Tensor) -> Tensor:
+    x.as_strided(*as_strided(*layout_and_source[:3])).copy_(layout_and_source[3])
+    return x
+
+
+def scatter(
+    op: Any, k: Tensor, k_cache: Tensor, slots: Tensor, v: Tensor, v_cache: Tensor, *none: None
+) -> tuple[Tensor, ...]:
+    """CANN: slots in [0, num_blocks * block_size) and different; its kernel skips negative ones."""
+    assert op.attr["cache_mode"].s == b"Norm"
+    written = slots[slots >= 0]
+    assert written.unique().numel() == written.numel()
+    for x, cache in ((k, k_cache), (v, v_cache)):
+        same_dtype(x, cache)
+        rows = cache.view(-1, *cache.shape[2:])
+        assert x.shape[1:] == rows.shape[1:]
+        rows[written.long()] = x[slots >= 0]
+    return k_cache, v_cache
+
+
+def fused_infer_attention_score(op: Any, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """By CANN's documentation; what it does not promise (rows without a key) is NaN and +inf."""
+    given = {desc.name: x for desc, x in zip(op.input_desc, inputs, strict=True) if x is not None}
+    q, k, v, rope = given["query"], given["key0"], given["value0"], given.get("query_rope")
+    attr = op.attr
+    packed, page_size = attr["input_layout"].s == b"TND", attr["block_size"].i
+    table = given.get("block_table")
+    nheads_k = attr["num_key_value_heads"].i
+    ends, lengths = given.get("actual_seq_lengths"), given.get("actual_seq_lengths_kv")
+    assert all(x.dtype == torch.int64 for x in (ends, lengths) if x is not None)
+    if packed:
+        assert q.dim() == 3
+        assert ends is not None
+        assert lengths is not None
+        assert len(ends) == len(lengths)
+        assert ends[-1] == len(q), "T must be the last of actual_seq_lengths"
+        assert bool((ends.diff() >= 0).all())
+        rows = [slice(a, b) for a, b in zip([0, *ints(ends)], ints(ends), strict=False)]
+    else:
+        assert q.dim() == 4
+        assert ends is None
+        rows = [slice(b * q.shape[1], (b + 1) * q.shape[1]) for b in range(len(q))]
+
+    def keys(x: Tensor, b: int) -> Tensor:
+        if table is not None:
+            assert x.dim() == 3
+            assert x.shape[1] == page_size
+            assert lengths is not None
+            assert len(table) == len(rows)
+            pages = table[b, : -(-int(lengths[b]) // page_size)].long()
+            return x[pages].flatten(0, 1).unflatten(-1, (nheads_k, -1))[: int(lengths[b])]
+        if packed:
+            assert lengths is not None
+            assert lengths[-1] == len(x), "the keys' T must be the last of actual_seq_lengths_kv"
+            begin = 0 if b == 0 else int(lengths[b - 1])
+            return x[begin : int(lengths[b])]
+        return x[b] if lengths is None else x[b, : int(lengths[b])]
+
+    mode, one_row = attr["sparse_mode"].i, not packed and q.shape[1] == 1 and rope is None
+    left, right = attr["pre_tokens"].i, attr["next_tokens"].i
+    window = (-1 if left == FAR else left, -1 if right == FAR else right)
+    if mode:
+        assert torch.equal(given["atten_mask"], torch.ones(2048, 2048, dtype=torch.bool).triu(1))
+    masks = {
+        "causal": mode == 3 and not one_row,
+        "window_size": window if mode == 4 and not one_row else (-1, -1),
+    }
+    flat_q = q.reshape(-1, *q.shape[-2:])
+    flat_rope = None if rope is None else rope.reshape(-1, *rope.shape[-2:])
+    out = torch.full(
+        (*flat_q.shape[:2], (v.shape[-1] // nheads_k if table is not None else v.shape[-1])),
+        torch.nan,
+    )
+    lse = torch.full((*flat_q.shape[:2],), torch.inf)
+    assert flat_q.shape[1] == attr["num_heads"].i
+    for b, r in enumerate(rows):
+        if flat_rope is None:
+            qk, qv = (flat_q[r], keys(k, b)), None
+        else:
+            assert k is v
+            qk, qv = (flat_rope[r], keys(given["key_rope"], b)), flat_q[r]
+        o, e = reference.attention(*qk, keys(v, b), qv=qv, softmax_scale=attr["scale"].f, **masks)
+        seen = ~e.T.isneginf()
+        out[r][seen], lse[r][seen] = o.float()[seen], e.T.float()[seen]
+    out = out.to(q.dtype).view(*q.shape[:-1], -1)
+    assert attr["softmax_lse_flag"].b
+    return out, lse[..., None] if packed else lse.view(*q.shape[:3]).transpose(1, 2)[..., None]
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "Const": constant,
+    "Add": binary(torch.add),
+    "Sub": binary(torch.sub),
+    "Mul": binary(torch.mul),
+    "FloorDiv": binary(torch.floor_divide),
+    "FloorMod": binary(torch.remainder),
+    "Less": binary(torch.lt),
+    "Minimum": binary(torch.minimum),
+    "Maximum": binary(torch.maximum),
+    "Range": lambda op, a, b, step: torch.arange(int(a), int(b), int(step), dtype=a.dtype),
+    "Reshape": lambda op, x, shape: x.reshape(ints(shape)),
+    "Shape": lambda op, x: torch.tensor(x.shape, dtype=torch.int32),
+    "Gather": lambda op, x, indices: gather(op, x, indices, torch.tensor(0)),
+    "GatherV2": gather,
+    "SelectV2": select,
+    "StridedSliceV2": strided_slice,
+    "Unsqueeze": unsqueeze,
+    "Squeeze": lambda op, x: x.squeeze(tuple(op.attr["axis"].list.i)),
+    "Transpose": lambda op, x, perm: x.permute(ints(perm)),
+    "Cast": cast,
+    "ConcatV2": lambda op, *x: torch.cat(x[:-1], dim=int(x[-1])),
+    "Pad": pad,
+    "Fill": lambda op, dims, value: torch.full(ints(dims), value.item(), dtype=value.dtype),
+    "SearchSorted": search_sorted,
+    "Sigmoid": lambda op, x: x.sigmoid(),
+    "Log1p": lambda op, x: x.log1p(),
+    "Exp": lambda op, x: x.exp(),
+    "Neg": lambda op, x: -x,
+    "Abs": lambda op, x: x.abs(),
+    "ClipByValueV2": lambda op, x, low, high: x.clamp(low, high),
+    "IndexByTensor": lambda op, x, indices: x[indices.long()],
+    "Pack": lambda op, *x: torch.stack(x, dim=op.attr["axis"].i),
+    "Unpack": lambda op, x: x.unbind(op.attr["axis"].i),
+    "TensorMove": lambda op, x: x.clone(),
+    "AsStrided": lambda op, x, *layout: x.as_strided(*as_strided(*layout)),
+    "ViewCopy": view_copy,
+    "ScatterPaKvCache": scatter,
+    "FusedInferAttentionScore": fused_infer_attention_score,
+}
+INFIX = {"Add": "+", "Sub": "-", "Mul": "*", "FloorDiv": "//", "FloorMod": "%", "Less": "<"}
+
+
+class Interpreter:
+    """In the place of torchair's binding of GE."""
+
+    graphs: list[Interpreter]
+
+    def __init__(self, name: str) -> None:
+        self.inputs: list[Tensor] = []
+
+    def load(self, graph: Any, options: Any) -> None:
+        self.graph = graph
+        self.graphs.append(self)
+
+    def compile(self) -> None:
+        pass
+
+    def run(self, inputs: list[Tensor], assigned: list[Tensor | None], stream: Any) -> list[Tensor]:
+        cann_emulator.flush()
+        self.inputs = inputs
+        values: dict[str, Any] = {"": None}
+        for op in self.graph.op:
+            refs = [name for name in op.input if not name.endswith(":-1")]  # :-1 is an order only
+            if op.type in ("Data", "RefData"):
+                x = inputs[op.attr["index"].i]
+                values[f"{op.name}:0"] = cann_emulator.host(x) if x.device.type == "npu" else x
+            elif op.type == "NetOutput":
+                results = [values[name] for name in refs]
+            else:
+                out = KERNELS[op.type](op, *(values[name] for name in refs))
+                out = out if isinstance(out, tuple) else (out,)
+                values.update({f"{op.name}:{i}": x for i, x in enumerate(out)})
+        given = [*assigned, *[None] * (len(results) - len(assigned))]
+        return [
+            x.npu() if to is None else to.copy_(x.npu())
+            for x, to in zip(results, given, strict=True)
+        ]
+
+    def types(self) -> list[str]:
+        return [op.type for op in self.graph.op]
+
+    def text(self, **names: Tensor) -> str:
+        """The two fused operators: attributes that are not 0, and every input as a formula; what
+        formulas share has a name, _ and a number."""
+        labels = {t.data_ptr(): name for name, t in names.items()}
+        nodes = {op.name: op for op in self.graph.op}
+        uses = Counter(ref for op in self.graph.op for ref in op.input)
+        shared: dict[str, str] = {}
+        lines: list[str] = []
+
+        def formula(ref: str) -> str:
+            op = nodes[ref.rpartition(":")[0]]
+            if op.type in ("Data", "RefData"):
+                return labels.get(self.inputs[op.attr["index"].i].data_ptr(), "size")
+            if op.type == "Const":
+                return str(constant(op).tolist())
+            if op.name == "fa3npu_upper_triangle":
+                return str(op.name)
+            if op.type in FUSED:
+                return ref
+            if ref not in shared:
+                text = joined(op.type, [formula(name) for name in op.input if name])
+                if uses[ref] == 1:
+                    return text
+                shared[ref] = f"_{len(shared)}"
+                lines.append(f"{shared[ref]} = {text}")
+            return shared[ref]
+
+        for op in self.graph.op:
+            if op.type not in FUSED:
+                continue
+            inputs = [
+                (d.name, formula(ref))
+                for d, ref in zip(op.input_desc, op.input, strict=False)
+                if ref
+            ]
+            lines += [op.name, *(f"  {name} = {text}" for name, text in inputs)]
+            for name in sorted(n for n in op.attr if not n.startswith("_")):
+                value = getattr(op.attr[name], op.attr[name].WhichOneof("value"))
+                value = round(value, 6) if isinstance(value, float) else value
+                lines += [f"  .{name} = {value}"] if value else []
+        return "\n".join(lines)
+
+
+def joined(op_type: str, x: list[str]) -> str:
+    if op_type in INFIX:
+        return f"({x[0]} {INFIX[op_type]} {x[1]})"
+    if op_type == "GatherV2" and x[2] == "0":
+        return f"{x[0]}[{x[1]}]"
+    return f"{op_type}({', '.join(x)})"
+
+
+# ---- Compiling and comparing -------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Interpreter]:
+    from torchair.core import _backend
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    Interpreter.graphs = []
+    monkeypatch.setattr(_backend, "TorchNpuGraph", Interpreter)
+    return Interpreter.graphs
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.randn(shape).to(dtype)
+
+
+def int32(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def pages(rows: int, columns: int) -> Tensor:
+    return torch.randperm(rows * columns, dtype=torch.int32).view(rows, columns)
+
+
+def compiled(f: Callable[..., Any], dynamic: bool = False) -> Callable[..., Any]:
+    return torch.compile(f, backend="npu", fullgraph=True, dynamic=dynamic)
+
+
+def check(f: Callable[..., Any], step: Callable[..., Any], **inputs: Tensor) -> dict[str, Tensor]:
+    """f, compiled as step, gives on the NPU what it gives on CPU, also in its inputs. Returns the
+    inputs on the NPU."""
+    on_npu = {name: t.npu() for name, t in inputs.items()}
+    with torch.no_grad():
+        got, want = step(**on_npu), f(**inputs)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(cann_emulator.host(g), w, atol=2e-3, rtol=2e-3)
+    for name, t in inputs.items():
+        assert torch.equal(cann_emulator.host(on_npu[name]), t), name
+    return on_npu
+
+
+def expect(graph: Interpreter, text: str, **names: Tensor) -> None:
+    assert COPIES.isdisjoint(graph.types())
+    expecttest.assert_expected_inline(graph.text(**names), text, skip=1)
+
+
+def decode_inputs(batch: int, table: int, headdim: int = 64, rows: int = 1) -> dict[str, Tensor]:
+    n = batch * table
+    return {
+        "q": rand(batch, rows, 4, headdim),
+        "k_cache": rand(n, 128, 2, headdim),
+        "v_cache": rand(n, 128, 2, headdim),
+        "k": rand(batch, rows, 2, headdim),
+        "v": rand(batch, rows, 2, headdim),
+        "cache_seqlens": torch.randint(0, table * 128 - rows, (batch,), dtype=torch.int32),
+        "page_table": pages(batch, table),
+    }
+
+
+def causal_step(**inputs: Tensor) -> Any:
+    return ops.flash_attn_with_kvcache(**inputs, causal=True)
+
+
+def test_decode(graphs: list[Interpreter]) -> None:
+    npu = check(causal_step, compiled(causal_step), **decode_inputs(3, 2))
+    expect(
+        graphs[0],
+        """\
+_0 = (Reshape(cache_seqlens, [-1, 1]) + Range(0, 1, 1))
+ScatterPaKvCache
+  key = Reshape(k, [-1, 2, 64])
+  key_cache = k_cache
+  slot_mapping = Reshape(SelectV2((_0 < 256), ((Reshape(page_table, [-1])[((Reshape(Range(0, 3, 1), [-1, 1]) * 2) + Minimum((_0 // 128), 1))] * 128) + (_0 % 128)), -1), [-1])
+  value = Reshape(v, [-1, 2, 64])
+  value_cache = v_cache
+  .cache_mode = b'Norm'
+_1 = (cache_seqlens + 1)
+FusedInferAttentionScore
+  query = q
+  key0 = Reshape(ScatterPaKvCache:0, [-1, 128, 128])
+  value0 = Reshape(ScatterPaKvCache:1, [-1, 128, 128])
+  actual_seq_lengths_kv = Cast(_1)
+  block_table = page_table
+  .block_size = 128
+  .input_layout = b'BSND'
+  .next_tokens = 2147483647
+  .num_heads = 4
+  .num_key_value_heads = 2
+  .pre_tokens = 2147483647
+  .scale = 0.125
+  .softmax_lse_flag = True""",
+        **npu,
+    )
+
+
+def test_decode_dynamic(graphs: list[Interpreter]) -> None:
+    """One graph for every batch size, number of pages and page table."""
+    step = compiled(causal_step, dynamic=True)
+    npu = check(causal_step, step, **decode_inputs(3, 5))
+    expect(
+        graphs[0],
+        """\
+_0 = (Reshape(cache_seqlens, [-1, 1]) + Range(0, 1, 1))
+_1 = Shape(page_table)[1]
+ScatterPaKvCache
+  key = Reshape(k, [-1, 2, 64])
+  key_cache = k_cache
+  slot_mapping = Reshape(SelectV2((_0 < (_1 * 128)), ((Reshape(page_table, [-1])[((Reshape(Range(0, Shape(cache_seqlens)[0], 1), [-1, 1]) * _1) + Minimum((_0 // 128), (_1 - 1)))] * 128) + (_0 % 128)), -1), [-1])
+  value = Reshape(v, [-1, 2, 64])
+  value_cache = v_cache
+  .cache_mode = b'Norm'
+_2 = (cache_seqlens + 1)
+FusedInferAttentionScore
+  query = q
+  key0 = Reshape(ScatterPaKvCache:0, [-1, 128, 128])
+  value0 = Reshape(ScatterPaKvCache:1, [-1, 128, 128])
+  actual_seq_lengths_kv = Cast(_2)
+  block_table = page_table
+  .block_size = 128
+  .input_layout = b'BSND'
+  .next_tokens = 2147483647
+  .num_heads = 4
+  .num_key_value_heads = 2
+  .pre_tokens = 2147483647
+  .scale = 0.125
+  .softmax_lse_flag = True""",
+        **npu,
+    )
+    for batch, table in ((7, 6), (5, 9)):
+        check(causal_step, step, **decode_inputs(batch, table))
+    assert len(graphs) == 1
+
+
+def test_prefill(graphs: list[Interpreter]) -> None:
+    npu = check(causal_step, compiled(causal_step), **decode_inputs(2, 2, rows=5))
+    expect(
+        graphs[0],
+        """\
+_0 = (Reshape(cache_seqlens, [-1, 1]) + Range(0, 5, 1))
+ScatterPaKvCache
+  key = Reshape(k, [-1, 2, 64])
+  key_cache = k_cache
+  slot_mapping = Reshape(SelectV2((_0 < 256), ((Reshape(page_table, [-1])[((Reshape(Range(0, 2, 1), [-1, 1]) * 2) + Minimum((_0 // 128), 1))] * 128) + (_0 % 128)), -1), [-1])
+  value = Reshape(v, [-1, 2, 64])
+  value_cache = v_cache
+  .cache_mode = b'Norm'
+_1 = (cache_seqlens + 5)
+FusedInferAttentionScore
+  query = q
+  key0 = Reshape(ScatterPaKvCache:0, [-1, 128, 128])
+  value0 = Reshape(ScatterPaKvCache:1, [-1, 128, 128])
+  atten_mask = fa3npu_upper_triangle
+  actual_seq_lengths_kv = Cast(_1)
+  block_table = page_table
+  .block_size = 128
+  .input_layout = b'BSND'
+  .next_tokens = 2147483647
+  .num_heads = 4
+  .num_key_value_heads = 2
+  .pre_tokens = 2147483647
+  .scale = 0.125
+  .softmax_lse_flag = True
+  .sparse_mode = 3""",
+        **npu,
+    )
+
+
+def mixed_inputs(spare: int = 0, first: int = 0) -> dict[str, Tensor]:
+    """A prefill, a decode and a chunk, with unused rows in front and behind."""
+    cu_seqlens = int32(0, 6, 7, 10) + first
+    total = 10 + first + spare
+    return {
+        "q": rand(total, 4, 128),
+        "k_cache": rand(6, 32, 2, 128),
+        "v_cache": rand(6, 32, 2, 128),
+        "k": rand(total, 2, 128),
+        "v": rand(total, 2, 128),
+        "cache_seqlens": int32(0, 40, 13),
+        "page_table": pages(3, 2),
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_k_new": cu_seqlens.clone(),
+    }
+
+
+def mixed_step(max_seqlen_q: int = 6, **inputs: Tensor) -> Any:
+    return ops.flash_attn_with_kvcache(**inputs, max_seqlen_q=max_seqlen_q, causal=True)
+
+
+def test_mixed(graphs: list[Interpreter]) -> None:
+    npu = check(mixed_step, compiled(mixed_step), **mixed_inputs())
+    expect(
+        graphs[0],
+        """\
+_0 = Range(0, 10, 1)
+_1 = SearchSorted(cu_seqlens_k_new, _0)
+_2 = (ConcatV2(Reshape(64, [1]), cache_seqlens, Reshape(64, [1]), 0)[_1] + (_0 - ConcatV2(Reshape(0, [1]), cu_seqlens_k_new, 0)[_1]))
+ScatterPaKvCache
+  key = Reshape(k, [-1, 2, 128])
+  key_cache = k_cache
+  slot_mapping = Reshape(SelectV2((_2 < 64), ((Reshape(page_table, [-1])[((ConcatV2(Reshape(0, [1]), Range(0, 3, 1), Reshape(0, [1]), 0)[_1] * 2) + Minimum((_2 // 32), 1))] * 32) + (_2 % 32)), -1), [-1])
+  value = Reshape(v, [-1, 2, 128])
+  value_cache = v_cache
+  .cache_mode = b'Norm'
+_3 = (cache_seqlens + (StridedSliceV2(cu_seqlens_k_new, 1, 4, -1, 1) - StridedSliceV2(cu_seqlens_k_new, 0, 3, -1, 1)))
+FusedInferAttentionScore
+  query = q
+  key0 = Reshape(ScatterPaKvCache:0, [-1, 32, 256])
+  value0 = Reshape(ScatterPaKvCache:1, [-1, 32, 256])
+  atten_mask = fa3npu_upper_triangle
+  actual_seq_lengths = Cast(ConcatV2(StridedSliceV2(cu_seqlens_q, [1], [2147483647], [0], [1]), Reshape(10, [1]), 0))
+  actual_seq_lengths_kv = Cast(ConcatV2(_3, Reshape(0, [1]), 0))
+  block_table = Pad(page_table, [[0, 1], [0, 0]])
+  .block_size = 32
+  .input_layout = b'TND'
+  .next_tokens = 2147483647
+  .num_heads = 4
+  .num_key_value_heads = 2
+  .pre_tokens = 2147483647
+  .scale = 0.088388
+  .softmax_lse_flag = True
+  .sparse_mode = 3""",
+        **npu,
+    )
+
+
+def test_mixed_dynamic_with_unused_rows(graphs: list[Interpreter]) -> None:
+    step = compiled(mixed_step, dynamic=True)
+    for spare, first, longest in ((0, 2, 6), (3, 0, 7), (5, 4, 9)):
+        f = functools.partial(mixed_step, longest)
+        check(f, functools.partial(step, longest), **mixed_inputs(spare, first))
+    assert len(graphs) == 1
+    assert COPIES.isdisjoint(graphs[0].types())
+
+
+def test_rotary_is_done_by_plain_operators(graphs: list[Interpreter]) -> None:
+    inputs = decode_inputs(3, 2, rows=2) | {
+        "rotary_cos": rand(256, 16),
+        "rotary_sin": rand(256, 16),
+    }
+    check(causal_step, compiled(causal_step), **inputs)
+    assert COPIES.isdisjoint(graphs[0].types())
+
+
+def test_window_of_packed_rows(graphs: list[Interpreter]) -> None:
+    def step(**inputs: Tensor) -> Any:
+        return ops.flash_attn_with_kvcache(**inputs, max_seqlen_q=6, window_size=[7, 1])
+
+    npu = check(step, compiled(step), **mixed_inputs(spare=2))
+    expect(
+        graphs[0],
+        """\
+_0 = Range(0, 12, 1)
+_1 = SearchSorted(cu_seqlens_k_new, _0)
+_2 = (ConcatV2(Reshape(64, [1]), cache_seqlens, Reshape(64, [1]), 0)[_1] + (_0 - ConcatV2(Reshape(0, [1]), cu_seqlens_k_new, 0)[_1]))
+ScatterPaKvCache
+  key = Reshape(k, [-1, 2, 128])
+  key_cache = k_cache
+  slot_mapping = Reshape(SelectV2((_2 < 64), ((Reshape(page_table, [-1])[((ConcatV2(Reshape(0, [1]), Range(0, 3, 1), Reshape(0, [1]), 0)[_1] * 2) + Minimum((_2 // 32), 1))] * 32) + (_2 % 32)), -1), [-1])
+  value = Reshape(v, [-1, 2, 128])
+  value_cache = v_cache
+  .cache_mode = b'Norm'
+_3 = (cache_seqlens + (StridedSliceV2(cu_seqlens_k_new, 1, 4, -1, 1) - StridedSliceV2(cu_seqlens_k_new, 0, 3, -1, 1)))
+FusedInferAttentionScore
+  query = q
+  key0 = Reshape(ScatterPaKvCache:0, [-1, 32, 256])
+  value0 = Reshape(ScatterPaKvCache:1, [-1, 32, 256])
+  atten_mask = fa3npu_upper_triangle
+  actual_seq_lengths = Cast(ConcatV2(StridedSliceV2(cu_seqlens_q, [1], [2147483647], [0], [1]), Reshape(12, [1]), 0))
+  actual_seq_lengths_kv = Cast(ConcatV2(_3, Reshape(0, [1]), 0))
+  block_table = Pad(page_table, [[0, 1], [0, 0]])
+  .block_size = 32
+  .input_layout = b'TND'
+  .next_tokens = 1
+  .num_heads = 4
+  .num_key_value_heads = 2
+  .pre_tokens = 7
+  .scale = 0.088388
+  .softmax_lse_flag = True
+  .sparse_mode = 4""",
+        **npu,
+    )
+
+
+@pytest.mark.parametrize("window_size", [[0, 0], [3, 0], [40, -1], [-1, 2], [2, 5]])
+def test_windows(window_size: list[int], graphs: list[Interpreter]) -> None:
+    def step(**inputs: Tensor) -> Any:
+        return ops.flash_attn_with_kvcache(**inputs, window_size=window_size)
+
+    for rows in (1, 4):
+        inputs = decode_inputs(2, 2, headdim=128, rows=rows)
+        inputs["cache_seqlens"] = int32(0, 150)
+        check(step, compiled(step), **inputs)
+    # Layout BSND would ignore the window of a single row.
+    alone = graphs[0].text(**dict.fromkeys(())).count("b'TND'")
+    assert alone == (window_size[0] >= 0)
+
+
+def test_sinks(graphs: list[Interpreter]) -> None:
+    inputs = decode_inputs(2, 2, rows=3) | {"sinks": torch.tensor([-90.0, 0.0, 1.5, 90.0])}
+    inputs["cache_seqlens"] = int32(0, 130)
+    check(causal_step, compiled(causal_step), **inputs)
+    packed = mixed_inputs(spare=1) | {"sinks": rand(4, dtype=torch.bfloat16)}
+    check(mixed_step, compiled(mixed_step), **packed)
+    for graph in graphs:
+        (fia,) = (op for op in graph.graph.op if op.type == "FusedInferAttentionScore")
+        assert (
+            dict(zip([d.name for d in fia.input_desc], fia.input, strict=True))["learnable_sink"]
+            == ""
+        )
+
+
+def test_rows_without_keys() -> None:
+    def step(q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, causal: bool) -> Any:
+        return ops.flash_attn_kvcache(q, k_cache, v_cache, cache_seqlens=seqlens, causal=causal)
+
+    for causal in (False, True):
+        inputs = rand(4, 5, 4, 64), rand(4, 9, 2, 64), rand(4, 9, 2, 64), int32(0, 1, 3, 9)
+        want = step(*inputs, causal)
+        got = compiled(step)(*(t.npu() for t in inputs), causal)
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(cann_emulator.host(g), w, atol=2e-3, rtol=2e-3)
+        assert torch.isneginf(want[1]).any()
+
+
+def test_several_layers(graphs: list[Interpreter]) -> None:
+    def step(
+        q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor, table: Tensor, **caches: Tensor
+    ) -> Any:
+        for layer in range(3):
+            q, lse = ops.flash_attn_with_kvcache(
+                q, caches[f"k{layer}"], caches[f"v{layer}"], k, v,
+                cache_seqlens=seqlens, page_table=table, causal=True,
+            )  # fmt: skip
+        return q, lse
+
+    inputs = decode_inputs(2, 2, rows=2)
+    caches = {f"{x}{layer}": rand(4, 128, 2, 64) for x in "kv" for layer in range(3)}
+    rest = {"seqlens": inputs["cache_seqlens"], "table": inputs["page_table"]}
+    check(step, compiled(step), **{x: inputs[x] for x in "qkv"}, **rest, **caches)
+    types = graphs[0].types()
+    assert types.count("ScatterPaKvCache") == types.count("FusedInferAttentionScore") == 3
+    assert [op.name for op in graphs[0].graph.op].count("fa3npu_upper_triangle") == 1
+    assert COPIES.isdisjoint(types)
+
+
+def test_append_alone(graphs: list[Interpreter]) -> None:
+    """Nothing in the graph reads what it writes."""
+
+    def step(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor) -> Any:
+        ops.kvcache_append_(k, v, k_cache, v_cache, cache_seqlens)
+        return (cache_seqlens + 1,)
+
+    inputs = decode_inputs(3, 1)
+    del inputs["q"], inputs["page_table"]
+    check(step, compiled(step), **inputs)
+    assert COPIES.isdisjoint(graphs[0].types())
+
+
+@pytest.mark.parametrize("of_one_base", [False, True])
+def test_caches_that_are_views(of_one_base: bool, graphs: list[Interpreter]) -> None:
+    """Cut before the compiled function, as serving code does."""
+    inputs = decode_inputs(3, 2)
+    npu = {name: t.npu() for name, t in inputs.items()}
+    npu["k_cache"], npu["v_cache"] = base = torch.stack((npu["k_cache"], npu["v_cache"]))
+    if not of_one_base:
+        npu["v_cache"] = base.clone()[1]
+    got, want = compiled(causal_step)(**npu), causal_step(**inputs)
+    torch.testing.assert_close(cann_emulator.host(got[0]), want[0], atol=2e-3, rtol=2e-3)
+    for name in ("k_cache", "v_cache"):
+        assert torch.equal(cann_emulator.host(npu[name]), inputs[name])
+    assert COPIES.isdisjoint(graphs[0].types())
+
+
+def test_views_in_the_graph_are_copied_by_torchair(graphs: list[Interpreter]) -> None:
+    def step(k_base: Tensor, v_base: Tensor, **inputs: Tensor) -> Any:
+        return causal_step(k_cache=k_base[1], v_cache=v_base[0], **inputs)
+
+    inputs = decode_inputs(3, 2)
+    bases = {"k_base": rand(2, 6, 128, 2, 64), "v_base": rand(2, 6, 128, 2, 64)}
+    del inputs["k_cache"], inputs["v_cache"]
+    check(step, compiled(step), **bases, **inputs)
+    assert graphs[0].types().count("TensorMove") == 2
+
+
+def test_views_of_one_base_in_the_graph_fail_in_torchair() -> None:
+    def step(base: Tensor, **inputs: Tensor) -> Any:
+        return causal_step(k_cache=base[0], v_cache=base[1], **inputs)
+
+    npu = {name: t.npu() for name, t in decode_inputs(3, 2).items()}
+    base = torch.stack((npu.pop("k_cache"), npu.pop("v_cache")))
+    with pytest.raises(BackendCompilerFailed, match="length of ge_outputs must be equal"):
+        compiled(step)(base, **npu)
+
+
+def test_reading_a_cache_before_the_append_copies_it(graphs: list[Interpreter]) -> None:
+    def step(**inputs: Tensor) -> Any:
+        return inputs["k_cache"] * inputs["k_cache"], *causal_step(**inputs)
+
+    check(step, compiled(step), **decode_inputs(3, 2))
+    assert graphs[0].types().count("TensorMove") == 1
+
+
+def test_cache_batch_idx_of_pages(graphs: list[Interpreter]) -> None:
+    inputs = decode_inputs(3, 2) | {"cache_batch_idx": int32(4, 0, 3)}
+    inputs |= {
+        "page_table": pages(5, 2),
+        "k_cache": rand(10, 128, 2, 64),
+        "v_cache": rand(10, 128, 2, 64),
+    }
+    npu = check(causal_step, compiled(causal_step), **inputs)
+    expect(
+        graphs[0],
+        """\
+_0 = (Reshape(cache_seqlens, [-1, 1]) + Range(0, 1, 1))
+ScatterPaKvCache
+  key = Reshape(k, [-1, 2, 64])
+  key_cache = k_cache
+  slot_mapping = Reshape(SelectV2((_0 < 256), ((Reshape(page_table, [-1])[((Reshape(cache_batch_idx, [-1, 1]) * 2) + Minimum((_0 // 128), 1))] * 128) + (_0 % 128)), -1), [-1])
+  value = Reshape(v, [-1, 2, 64])
+  value_cache = v_cache
+  .cache_mode = b'Norm'
+_1 = (cache_seqlens + 1)
+FusedInferAttentionScore
+  query = q
+  key0 = Reshape(ScatterPaKvCache:0, [-1, 128, 128])
+  value0 = Reshape(ScatterPaKvCache:1, [-1, 128, 128])
+  actual_seq_lengths_kv = Cast(_1)
+  block_table = page_table[cache_batch_idx]
+  .block_size = 128
+  .input_layout = b'BSND'
+  .next_tokens = 2147483647
+  .num_heads = 4
+  .num_key_value_heads = 2
+  .pre_tokens = 2147483647
+  .scale = 0.125
+  .softmax_lse_flag = True""",
+        **npu,
+    )
+
+
+def test_cache_batch_idx_of_dense_cache(graphs: list[Interpreter]) -> None:
+    inputs = decode_inputs(3, 2) | {"cache_batch_idx": int32(4, 0, 3)}
+    del inputs["page_table"]
+    inputs |= {"k_cache": rand(5, 256, 2, 64), "v_cache": rand(5, 256, 2, 64)}
+    npu = check(causal_step, compiled(causal_step), **inputs)
+    expect(
+        graphs[0],
+        """\
+_0 = (Reshape(cache_seqlens, [-1, 1]) + Range(0, 1, 1))
+ScatterPaKvCache
+  key = Reshape(k, [-1, 2, 64])
+  key_cache = k_cache
+  slot_mapping = Reshape(SelectV2((_0 < 256), ((Reshape(cache_batch_idx, [-1, 1]) * 256) + _0), -1), [-1])
+  value = Reshape(v, [-1, 2, 64])
+  value_cache = v_cache
+  .cache_mode = b'Norm'
+_1 = (cache_seqlens + 1)
+FusedInferAttentionScore
+  query = q
+  key0 = Reshape(ScatterPaKvCache:0, [-1, 128, 128])
+  value0 = Reshape(ScatterPaKvCache:1, [-1, 128, 128])
+  actual_seq_lengths_kv = Cast(_1)
+  block_table = ((Reshape(cache_batch_idx, [-1, 1]) * 2) + Range(0, 2, 1))
+  .block_size = 128
+  .input_layout = b'BSND'
+  .next_tokens = 2147483647
+  .num_heads = 4
+  .num_key_value_heads = 2
+  .pre_tokens = 2147483647
+  .scale = 0.125
+  .softmax_lse_flag = True""",
+        **npu,
+    )
+
+
+def test_packed_rows_of_dense_cache() -> None:
+    inputs = mixed_inputs(spare=1)
+    del inputs["page_table"]
+    inputs |= {"k_cache": rand(3, 128, 2, 128), "v_cache": rand(3, 128, 2, 128)}
+    check(mixed_step, compiled(mixed_step), **inputs)
+
+
+def test_cache_read_in_full() -> None:
+    """No cache_seqlens: all of the page table."""
+
+    def step(q: Tensor, k_cache: Tensor, v_cache: Tensor, page_table: Tensor) -> Any:
+        return ops.flash_attn_kvcache(q, k_cache, v_cache, page_table=page_table)
+
+    inputs = decode_inputs(3, 2)
+    names = ("q", "k_cache", "v_cache", "page_table")
+    check(step, compiled(step), **{name: inputs[name] for name in names})
+
+
+def test_tokens_that_do_not_fit_are_not_written() -> None:
+    """On CPU they are an error; a graph cannot raise."""
+    inputs = decode_inputs(2, 2)
+    inputs["cache_seqlens"] = int32(256, 3)
+    inputs.pop("q")
+    npu = {name: t.npu() for name, t in inputs.items()}
+    compiled(ops.kvcache_append_)(**npu)
+    page, row = int(inputs["page_table"][1, 0]), 3
+    inputs["k_cache"][page, row] = inputs["k"][1, 0]
+    assert torch.equal(cann_emulator.host(npu["k_cache"]), inputs["k_cache"])
+
+
+def test_varlen(graphs: list[Interpreter]) -> None:
+    def step(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor) -> Any:
+        return ops.flash_attn_varlen_func(q, k, v, cu_q, cu_k, 5, 9, causal=True)
+
+    rows = {"q": rand(10, 4, 192), "k": rand(16, 2, 192), "v": rand(16, 2, 128)}
+    lengths = {"cu_q": int32(1, 6, 6, 9), "cu_k": int32(2, 5, 7, 15)}
+    npu = check(step, compiled(step), **rows, **lengths)
+    expect(
+        graphs[0],
+        """\
+FusedInferAttentionScore
+  query = q
+  key0 = k
+  value0 = v
+  atten_mask = fa3npu_upper_triangle
+  actual_seq_lengths = Cast(ConcatV2(cu_q, Reshape(10, [1]), 0))
+  actual_seq_lengths_kv = Cast(ConcatV2(cu_k, Reshape(16, [1]), 0))
+  .input_layout = b'TND'
+  .next_tokens = 2147483647
+  .num_heads = 4
+  .num_key_value_heads = 2
+  .pre_tokens = 2147483647
+  .scale = 0.072169
+  .softmax_lse_flag = True
+  .sparse_mode = 3""",
+        **npu,
+    )
+
+
+def test_func_dynamic(graphs: list[Interpreter]) -> None:
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return ops.flash_attn_func(q, k, v, causal=True, softmax_scale=0.2)
+
+    def inputs(batch: int, seqlen_q: int, seqlen_k: int) -> dict[str, Tensor]:
+        shapes = {"q": (seqlen_q, 4), "k": (seqlen_k, 2), "v": (seqlen_k, 2)}
+        return {name: rand(batch, *shape, 48) for name, shape in shapes.items()}
+
+    dynamic = compiled(step, dynamic=True)
+    npu = check(step, dynamic, **inputs(3, 5, 9))
+    expect(
+        graphs[0],
+        """\
+FusedInferAttentionScore
+  query = q
+  key0 = k
+  value0 = v
+  atten_mask = fa3npu_upper_triangle
+  .input_layout = b'BSND'
+  .next_tokens = 2147483647
+  .num_heads = 4
+  .num_key_value_heads = 2
+  .pre_tokens = 2147483647
+  .scale = 0.2
+  .softmax_lse_flag = True
+  .sparse_mode = 3""",
+        **npu,
+    )
+    check(step, dynamic, **inputs(6, 7, 8))
+    check(step, dynamic, **inputs(5, 11, 10))  # row 0 sees no key
+    assert len(graphs) == 1
+
+
+def test_mla(graphs: list[Interpreter]) -> None:
+    def step(
+        q: Tensor, qv: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor, table: Tensor
+    ) -> Any:
+        return ops.flash_attn_kvcache(
+            q, k_cache, v_cache, qv, cache_seqlens=seqlens, page_table=table, causal=True
+        )
+
+    inputs = {
+        "q": rand(2, 3, 8, 64),
+        "qv": rand(2, 3, 8, 512) / 8,
+        "k_cache": rand(4, 32, 1, 64),
+        "v_cache": rand(4, 32, 1, 512),
+    }
+    npu = check(step, compiled(step), **inputs, seqlens=int32(1, 40), table=pages(2, 2))
+    expect(
+        graphs[0],
+        """\
+_0 = Reshape(v_cache, [-1, 32, 512])
+FusedInferAttentionScore
+  query = qv
+  key0 = _0
+  value0 = _0
+  atten_mask = fa3npu_upper_triangle
+  actual_seq_lengths_kv = Cast(seqlens)
+  block_table = table
+  query_rope = q
+  key_rope = Reshape(k_cache, [-1, 32, 64])
+  .block_size = 32
+  .input_layout = b'BSND'
+  .next_tokens = 2147483647
+  .num_heads = 8
+  .num_key_value_heads = 1
+  .pre_tokens = 2147483647
+  .scale = 0.041667
+  .softmax_lse_flag = True
+  .sparse_mode = 3""",
+        **npu,
+    )
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("rotary_dim", [32, 64])
+def test_apply_rotary(interleaved: bool, rotary_dim: int) -> None:
+    def step(
+        x: Tensor, cos: Tensor, sin: Tensor, seqlens: Tensor, packed: Tensor, cu: Tensor
+    ) -> Any:
+        return (
+            ops.apply_rotary(x, cos, sin, seqlens, None, interleaved),
+            ops.apply_rotary(x, cos, sin, seqlens, None, interleaved, False),
+            ops.apply_rotary(packed, cos, sin, seqlens, cu, interleaved),
+        )
+
+    inputs = {
+        "x": rand(2, 3, 4, 64),
+        "cos": rand(20, rotary_dim // 2),
+        "sin": rand(20, rotary_dim // 2),
+    }
+    check(
+        step,
+        compiled(step),
+        **inputs,
+        seqlens=int32(4, 15),
+        packed=rand(9, 4, 64),
+        cu=int32(1, 3, 8),
+    )
+
+
+def test_run_eagerly() -> None:
+    """torchair's own check of a graph: it converts the graph and calls the operators."""
+    import torchair
+
+    config = torchair.CompilerConfig()
+    config.debug.run_eagerly = True
+    backend = torchair.get_npu_backend(compiler_config=config)
+    step = torch.compile(causal_step, backend=backend, fullgraph=True)
+    check(causal_step, step, **decode_inputs(3, 2, headdim=128))
+
+
+# ---- Errors ------------------------------------------------------------------------------------
+
+
+def paged_call(
+    page_size: int = 128,
+    headdim: int = 64,
+    headdim_v: int | None = None,
+    nheads: int = 4,
+    nheads_k: int = 2,
+    rows: int = 2,
+    dtype: torch.dtype = torch.float16,
+    **arguments: Any,
+) -> Callable[[], Any]:
+    q = rand(2, rows, nheads, headdim, dtype=dtype)
+    k = rand(4, page_size, nheads_k, headdim, dtype=dtype)
+    v = rand(4, page_size, nheads_k, headdim_v or headdim, dtype=dtype)
+    if "cu_seqlens_q" in arguments:
+        q = q.flatten(0, 1)
+        arguments["max_seqlen_q"] = rows
+    arguments |= {"cache_seqlens": int32(3, 5), "page_table": pages(2, 2)}
+    return call(ops.flash_attn_kvcache, q, k, v, **arguments)
+
+
+def call(op: Any, *args: Any, **kwargs: Any) -> Callable[[], Any]:
+    def to_npu(x: Any) -> Any:
+        return x.npu() if isinstance(x, Tensor) else x
+
+    args, kwargs = torch.utils._pytree.tree_map(to_npu, (args, kwargs))
+    return lambda: compiled(lambda *args, **kwargs: op(*args, **kwargs))(*args, **kwargs)
+
+
+PACKED = int32(0, 2, 4)
+ERRORS: dict[str, tuple[Callable[[], Callable[[], Any]], str]] = {
+    "softcap": (lambda: paged_call(softcap=3.0), "softcap: FIA has none"),
+    "alibi_slopes": (lambda: paged_call(alibi_slopes=torch.ones(4)), "alibi_slopes"),
+    "attention_chunk": (lambda: paged_call(attention_chunk=8), "attention_chunk"),
+    "cache_leftpad": (lambda: paged_call(cache_leftpad=int32(0, 1)), "cache_leftpad"),
+    "seqused_q": (lambda: paged_call(seqused_q=int32(1, 2)), "seqused_q"),
+    "float32": (lambda: paged_call(dtype=torch.float32), "dtype torch.float32 of q"),
+    "float8": (
+        lambda: paged_call(dtype=torch.float8_e4m3fn, q_descale=torch.ones(2, 2)),
+        "dtype torch.float8_e4m3fn of q",
+    ),
+    "headdim": (lambda: paged_call(headdim=72), "headdim 72 and headdim_v 72"),
+    "headdim_v": (lambda: paged_call(headdim_v=128), "headdim 64 and headdim_v 128"),
+    "packed headdim": (lambda: paged_call(cu_seqlens_q=PACKED), "headdim 64 and headdim_v 64 of packed q"),
+    "window of one row": (
+        lambda: paged_call(rows=1, window_size=[4, 0]),
+        "headdim 64 and headdim_v 64 of packed q, or of one row with a window",
+    ),
+    "nheads": (lambda: paged_call(nheads=130), "nheads 130 and nheads_k 2"),
+    "prefill pages": (lambda: paged_call(page_size=64), "page_size 64 .* multiples of 128"),
+    "decode pages": (lambda: paged_call(page_size=8, rows=1), "page_size 8 .* multiples of 16"),
+    "packed pages": (
+        lambda: paged_call(page_size=1040, headdim=128, cu_seqlens_q=PACKED),
+        "page_size 1040 .* multiples of 16 up to 1024",
+    ),
+    "qv": (
+        lambda: paged_call(qv=rand(2, 2, 4, 64)),
+        "qv with headdim 64 and headdim_v 64, nheads 4 and nheads_k 2",
+    ),
+    "dense cache": (
+        lambda: call(
+            ops.flash_attn_kvcache,
+            rand(2, 1, 4, 64), rand(3, 100, 2, 64), rand(3, 100, 2, 64),
+            cache_batch_idx=int32(2, 0),
+        ),
+        "a dense cache of 100 keys with cache_batch_idx",
+    ),
+    "seqused_k": (
+        lambda: call(
+            ops.flash_attn_varlen_func,
+            rand(4, 4, 128), rand(4, 2, 128), rand(4, 2, 128), PACKED, PACKED, 2, 2,
+            seqused_k=int32(1, 2),
+        ),
+        "seqused_k with cu_seqlens_k",
+    ),
+    "cu_seqlens_k": (
+        lambda: call(
+            ops.flash_attn_varlen_func,
+            rand(2, 2, 4, 128), rand(4, 2, 128), rand(4, 2, 128), None, PACKED, None, 2,
+        ),
+        "cu_seqlens_k without cu_seqlens_q",
+    ),
+    "qv with cu_seqlens_k": (
+        lambda: call(
+            ops.flash_attn_varlen_func,
+            rand(4, 4, 64), rand(4, 1, 64), rand(4, 1, 512), PACKED, PACKED, 2, 2,
+            qv=rand(4, 4, 512),
+        ),
+        "qv with cu_seqlens_k",
+    ),
+    "out": (
+        lambda: paged_call_with_out(),
+        "the operator fa3npu.flash_attn_kvcache.out",
+    ),
+    "backward": (
+        lambda: call(
+            ops.flash_attn_func_backward,
+            *(rand(2, 3, 4, 64) for _ in range(5)), torch.zeros(2, 4, 3),
+        ),
+        "the operator fa3npu.flash_attn_func_backward",
+    ),
+    "combine": (
+        lambda: call(ops.flash_attn_combine, torch.ones(2, 1, 3, 4, 8), torch.ones(2, 1, 3, 4)),
+        "the operator fa3npu.flash_attn_combine",
+    ),
+    "get_scheduler_metadata": (
+        lambda: call(
+            ops.get_scheduler_metadata, 2, 1, 128, 4, 2, 64, int32(3, 5), torch.float16
+        ),
+        "the operator fa3npu.get_scheduler_metadata",
+    ),
+    "strided cache": (
+        lambda: append_call(rand(2, 9, 4, 64).npu()[:, :, ::2]),
+        r"strides \(.*\) of k_cache: it takes contiguous caches",
+    ),
+    "dtype of a cache": (
+        lambda: append_call(rand(2, 9, 2, 64, dtype=torch.float32)),
+        "dtype torch.float32 of k_cache",
+    ),
+    "rotary_cos": (
+        lambda: append_call(
+            rand(2, 9, 2, 64), rotary_cos=rand(9, 16), rotary_sin=rand(9, 16)
+        ),
+        "rotary_cos of kvcache_append_: flash_attn_with_kvcache rotates k before it",
+    ),
+}  # fmt: skip
+
+
+def paged_call_with_out() -> Callable[[], Any]:
+    q, k, v = rand(2, 1, 4, 64), rand(2, 128, 2, 64), rand(2, 128, 2, 64)
+    return call(
+        lambda *args: ops.flash_attn_kvcache.out(*args[:3], out=args[3]), q, k, v, q.clone()
+    )
+
+
+def append_call(k_cache: Tensor, **rotary: Tensor) -> Callable[[], Any]:
+    k = rand(2, 1, 2, 64, dtype=k_cache.dtype)
+    return call(ops.kvcache_append_, k, k, k_cache, k_cache.clone(), int32(0, 3), **rotary)
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_what_GE_cannot_express_is_an_error_of_the_compiler(
+    case: str, graphs: list[Interpreter]
+) -> None:
+    make, message = ERRORS[case]
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed) as error:
+        make()()
+    assert isinstance(error.value.inner_exception, NotImplementedError)
+    error.match(f"fa3npu: torchair's GE mode cannot express {message}")
+    error.match('Use backend="npugraph_ex"')
+    assert graphs == []
+
+
+# ---- Attaching ---------------------------------------------------------------------------------
+
+
+def run_in_python(script: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+
+
+LOADED = "'torch_npu.dynamo.torchair' in sys.modules"
+ATTACHED = "hasattr(torch.ops.fa3npu.kvcache_append_.default, '_ge_converter')"
+
+
+def test_importing_us_does_not_load_torchair() -> None:
+    run_in_python(f"import cann_emulator, fa3_ops, sys; assert not {LOADED}")
+
+
+@pytest.mark.parametrize(("first", "second"), [("fa3_ops", "torchair"), ("torchair", "fa3_ops")])
+def test_converters_are_attached(first: str, second: str) -> None:
+    imports = f"import sys, cann_emulator, torch, {first}, {second}"
+    run_in_python(f"{imports}; assert {LOADED} and {ATTACHED}")
+
+
+def test_a_failed_import_leaves_its_error_and_the_hook(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "late.py").write_text(
+        "import os\nif 'READY' not in os.environ: raise OSError('no GE')"
+    )
+    attached: list[Any] = []
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(hook, "PACKAGE", "late")
+    monkeypatch.setattr(hook, "attach", attached.append)
+    before = list(sys.meta_path)
+    hook.attach_when_loaded()
+    with pytest.raises(OSError, match="no GE"):
+        importlib.import_module("late")
+    assert attached == []
+    monkeypatch.setenv("READY", "")
+    assert [importlib.import_module("late")] == attached
+    assert sys.meta_path == before
+
+
+def test_a_torchair_that_we_do_not_fit_still_loads() -> None:
+    with pytest.warns(RuntimeWarning, match="no GE converters for this torchair: .* has no"):
+        hook.attach(ModuleType("torchair"))

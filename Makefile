@@ -5,11 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h) setup.py pyproject.toml
 
-.PHONY: help demo test lint format sanitize upstream clean
+NPU_VENV := .venv-npu
+NPU := $(NPU_VENV)/bin
+EMULATOR := tests/npu/emulator
+EMULATOR_SOURCES := $(shell find $(EMULATOR)/csrc -type f) $(EMULATOR)/cann_emulator/build.py
+CPP := csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h $(shell find $(EMULATOR)/csrc -type f)
+
+.PHONY: help demo test test-cpu test-npu npu-shell lint format sanitize upstream clean
 
 help:
 	@echo "make demo      train a small GPT and generate from it through a paged KV cache (2 minutes)"
-	@echo "make test      run the tests"
+	@echo "make test      run the tests: on CPU, and on an emulated NPU with the real torch_npu"
+	@echo "make test-cpu, make test-npu: one half of them"
+	@echo "make npu-shell a Python with emulated NPUs; ARGS='script.py --device npu' runs a script"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make format    let ruff and clang-format rewrite the files"
 	@echo "make sanitize  run the kernels' tests under the address and undefined-behaviour sanitizers"
@@ -30,21 +38,49 @@ $(VENV)/build: $(VENV)/packages $(SOURCES)
 demo: $(VENV)/build
 	@$(BIN)/python examples/train_and_generate.py
 
-test: $(VENV)/build
+# An environment of its own: with torch_npu installed, a plain `import torch` loads it.
+$(NPU_VENV)/packages: requirements-npu.txt
+	@echo "==> Setting up $(NPU_VENV) with the packages of requirements-npu.txt"
+	@$(PYTHON) -m venv $(NPU_VENV)
+	@$(NPU)/python -m pip install --quiet --disable-pip-version-check --no-deps torch_npu==2.13.0
+	@grep -v torch_npu requirements-npu.txt > $(NPU_VENV)/others.txt
+	@$(NPU)/python -m pip install --quiet --disable-pip-version-check -r $(NPU_VENV)/others.txt
+	@touch $@
+
+# The same extension as in $(VENV): its ABI serves both.
+$(NPU_VENV)/build: $(NPU_VENV)/packages $(VENV)/build
+	@TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU)/python -m pip install --quiet \
+		--disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(NPU_VENV)/emulator: $(NPU_VENV)/packages $(EMULATOR_SOURCES)
+	@echo "==> Building the emulated NPU (about half a minute)"
+	@PYTHONPATH=$(EMULATOR) $(NPU)/python -m cann_emulator.build
+	@touch $@
+
+test: test-cpu test-npu
+
+test-cpu: $(VENV)/build
 	@$(BIN)/python -m fa3_ops
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --ignore tests/npu
+
+test-npu: $(NPU_VENV)/build $(NPU_VENV)/emulator
+	@$(NPU)/python -m pytest tests/npu
+
+npu-shell: $(NPU_VENV)/build $(NPU_VENV)/emulator
+	@PYTHONPATH=$(EMULATOR):tests/npu/standin/new $(NPU)/python -m cann_emulator $(ARGS)
 
 lint: $(VENV)/packages
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h
+	@$(BIN)/clang-format --dry-run -Werror $(CPP)
 	@echo "lint: clean"
 
 format: $(VENV)/packages
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
-	@$(BIN)/clang-format -i csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h
+	@$(BIN)/clang-format -i $(CPP)
 
 # A second copy of the package, built with the sanitizers, in build/sanitize.
 sanitize: $(VENV)/packages
@@ -59,4 +95,4 @@ upstream: $(VENV)/build
 	@FLASH_ATTENTION="$(FLASH_ATTENTION)" $(BIN)/python -m pytest tests/upstream --sample 200
 
 clean:
-	rm -rf $(VENV) build fa3_ops/*.so *.egg-info
+	rm -rf $(VENV) $(NPU_VENV) build fa3_ops/*.so *.egg-info $(EMULATOR)/cann_emulator/lib

@@ -1,4 +1,4 @@
-"""What a call costs on the host before and after the kernel: ours against flash_attn_npu's own Python
+"""What a call costs on the host around the kernel: ours against flash_attn_npu's own Python
 function, both with the same kernel. On an NPU, or on the emulated one:
 
     make npu-shell ARGS=benchmarks/npu_dispatch.py
@@ -20,10 +20,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "npu" / "standin" / "new"))
 
-import flash_attn_npu_3 as theirs  # noqa: E402
+import flash_attn_npu_3 as theirs
 
-import fa3_ops  # noqa: E402
-from fa3_ops.backends.npu import device  # noqa: E402
+import fa3_ops
+from fa3_ops.backends.npu import device
 
 CALLS, ROUNDS = 200, 7
 
@@ -50,7 +50,9 @@ def inputs(batch_size: int, packed: bool) -> dict[str, Any]:
     return call
 
 
-def outside_kernel(function: Callable[..., Any], call: dict[str, Any], inside: list[float]) -> float:
+def outside_kernel(
+    function: Callable[..., Any], call: dict[str, Any], inside: list[float]
+) -> float:
     """Median over rounds of the microseconds a call spends outside the kernel's extension."""
     rounds = []
     for _ in range(ROUNDS + 1):

@@ -77,7 +77,6 @@ class PagedCache:
             cache_seqlens=torch.zeros(batch_size, dtype=torch.int32, device=device),
         )
 
-
     def plan(self, c: Config) -> None:
         """Before each decode step, once for all layers: what a captured graph on an NPU needs to
         know of the lengths. Elsewhere nothing reads it."""

@@ -21,10 +21,12 @@ else:
     os.environ.setdefault("CANNEMU_LAZY", "1")
     os.environ.setdefault("CANNEMU_POISON", "1")
     os.environ.setdefault("PYTORCH_NO_NPU_MEMORY_CACHING", "1")
-    # Launches that fail are reported where they fail.
-    os.environ.setdefault("TASK_QUEUE_ENABLE", "0")
-    os.environ.setdefault("ASCEND_LAUNCH_BLOCKING", "1")
+    os.environ.setdefault("TASK_QUEUE_ENABLE", "0")  # a launch that fails says so where it is
     import cann_emulator  # noqa: F401
+    import torchair
+
+    # torchair's table of decompositions does not build after npugraph_ex's (torch_npu 2.13.0).
+    torchair.get_npu_backend(compiler_config=torchair.CompilerConfig())
 
 
 def pytest_report_header() -> str:

@@ -164,3 +164,14 @@ def test_deterministic_gradients_repeat() -> None:
 
     for x, y in zip(once(), once(), strict=True):
         assert torch.equal(x, y)
+
+
+def test_explain_names_the_backend() -> None:
+    q, k, v = (x.npu() for x in dense(64, 64, torch.float16))
+    out, softmax_lse = fa3_ops.flash_attn_func(q, k, v, return_attn_probs=True)
+    operator = torch.ops.fa3npu.flash_attn_func_backward
+    arguments = (torch.ones_like(out), q, k, v, out, softmax_lse)
+    assert fa3_ops.explain(operator, *arguments).backend == "flash_attn_npu"
+    refused = fa3_ops.explain(operator, *arguments, attention_chunk=4)
+    assert refused.backend == "torch"
+    assert refused.steps[0].refusals == {"flash_attn_npu": ["attention_chunk"]}

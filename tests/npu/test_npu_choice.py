@@ -108,9 +108,13 @@ flash_attn_kvcache: flash_attn_npu
 
 def test_a_fallback_warns_once_with_the_reasons() -> None:
     call = to_npu(decode() | {"attention_chunk": 64})
-    with pytest.warns(fa3_ops.FallbackWarning) as caught:
+
+    def three_times() -> None:
         for _ in range(3):
             fa3_ops.flash_attn_with_kvcache(**call)
+
+    with pytest.warns(fa3_ops.FallbackWarning) as caught:
+        three_times()
     assert [str(w.message) for w in caught] == [
         "fa3_ops: served by torch, because flash_attn_npu: attention_chunk; "
         "fused_infer_attention: attention_chunk"

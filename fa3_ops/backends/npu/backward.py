@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,10 +22,24 @@ WIDTH = 64  # the kernel's head dimensions are multiples of it
 NO_KEY = float("inf")  # softmax_lse of a row without keys, to the kernel
 
 
-def not_supported_reasons(
-    call: Attention, lengths: Lengths | None, dlse: Tensor | None, deterministic: bool
-) -> list[str]:
-    """Why flash_attn_npu has no backward of the call."""
+@dataclass
+class Gradients:
+    """A call whose gradients are wanted."""
+
+    call: Attention
+    dout: Tensor
+    out: Tensor
+    softmax_lse: Tensor
+    dlse: Tensor | None
+    deterministic: bool
+
+
+def not_supported_reasons(wanted: Gradients) -> list[str]:
+    """Why flash_attn_npu has no backward of the call. Reads the lengths, so it waits for the device
+    outside a capture."""
+    call = wanted.call
+    call.capturing = device.capturing()
+    lengths = None if call.capturing else Lengths.of(call)
     found = device.kernel()
     if isinstance(found, str):
         return [found]
@@ -32,14 +47,17 @@ def not_supported_reasons(
     reasons = not_supported(call, can)
     if not can.backward:
         reasons.append(f"no backward {can.name}")
-    packed = call.cu_seqlens_q is not None
+    repeats = call.cu_seqlens_q is None or can.backward_deterministic_packed
     for name, given in (
         ("window_size", call.is_local and not can.backward_window),
-        ("deterministic", deterministic and packed and not can.backward_deterministic_packed),
+        (
+            "deterministic",
+            wanted.deterministic and not repeats,
+        ),
         ("seqused_q", call.seqused_q is not None),
         ("seqused_k", call.seqused_k is not None),
         ("cu_seqlens of one side", (call.cu_seqlens_q is None) != (call.cu_seqlens_k is None)),
-        ("a gradient of softmax_lse", dlse is not None),
+        ("a gradient of softmax_lse", wanted.dlse is not None),
         ("rows that see no key or belong to no sequence", lengths and not covers(call, lengths)),
     ):
         if given:
@@ -53,29 +71,21 @@ def covers(call: Attention, lengths: Lengths) -> bool:
     return lengths.plain and (cu is None or (cu[0] == 0 and cu[-1] == call.k.shape[0]))
 
 
-def backward(
-    call: Attention,
-    dout: Tensor,
-    out: Tensor,
-    softmax_lse: Tensor,
-    dlse: Tensor | None,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    call.capturing = device.capturing()
+def backward(wanted: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+    call = wanted.call
     if call.is_empty:
         return torch.zeros_like(call.q), torch.zeros_like(call.k), torch.zeros_like(call.v)
-    lengths = None if call.capturing else Lengths.of(call)
-    reasons = not_supported_reasons(call, lengths, dlse, deterministic)
+    reasons = not_supported_reasons(wanted)
     asked = asked_for()
+    if asked == "flash_attn_npu" and reasons:
+        raise NotImplementedError(
+            f"fa3_ops: backend flash_attn_npu has no backward here: {', '.join(reasons)}"
+        )
+    if reasons and asked is None:
+        fallback(f"backward served by torch, because flash_attn_npu: {', '.join(reasons)}")
     if reasons or asked == "torch":
-        if asked == "flash_attn_npu":
-            raise NotImplementedError(
-                f"fa3_ops: backend flash_attn_npu has no backward here: {', '.join(reasons)}"
-            )
-        if reasons:
-            fallback(f"backward served by torch, because flash_attn_npu: {', '.join(reasons)}")
-        return torch_ops.backward(call, dout, out, softmax_lse, dlse)
-    return launch(call, dout, out, softmax_lse, deterministic)
+        return torch_ops.backward(call, wanted.dout, wanted.out, wanted.softmax_lse, wanted.dlse)
+    return launch(wanted)
 
 
 def from_start(t: Tensor) -> Tensor:
@@ -84,17 +94,16 @@ def from_start(t: Tensor) -> Tensor:
     return t.clone() if t.storage_offset() != 0 else t
 
 
-def launch(
-    call: Attention, dout: Tensor, out: Tensor, softmax_lse: Tensor, deterministic: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def launch(wanted: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+    call = wanted.call
     found = device.kernel()
     assert isinstance(found, Kernel)
     width = -(-max(call.headdim, call.headdim_v) // WIDTH) * WIDTH
     dout, q, k, v, out = (
         from_start(F.pad(t, (0, width - t.shape[-1]))) if t.shape[-1] < width else from_start(t)
-        for t in (dout, call.q, call.k, call.v, out)
+        for t in (wanted.dout, call.q, call.k, call.v, wanted.out)
     )
-    softmax_lse = from_start(softmax_lse.masked_fill(softmax_lse == -NO_KEY, NO_KEY))
+    softmax_lse = from_start(wanted.softmax_lse.masked_fill(wanted.softmax_lse == -NO_KEY, NO_KEY))
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     left, right = (-1, -1) if call.causal else call.window_size
     found.module.bwd(
@@ -118,7 +127,7 @@ def launch(
         left,
         right,
         call.softcap,
-        deterministic,
+        wanted.deterministic,
         0,  # sm_margin
     )
     return (
@@ -128,7 +137,7 @@ def launch(
     )
 
 
-def flash_attn_varlen_func_backward(
+def gradients(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -150,7 +159,8 @@ def flash_attn_varlen_func_backward(
     sm_margin: int = 0,
     dsoftmax_lse: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Gradients:
+    """The arguments of flash_attn_varlen_func_backward as one."""
     call = Attention(
         q=q,
         k=k,
@@ -168,10 +178,10 @@ def flash_attn_varlen_func_backward(
         softcap=softcap,
         alibi_slopes=alibi_slopes,
     )
-    return backward(call, dout, out, softmax_lse, dsoftmax_lse, deterministic)
+    return Gradients(call, dout, out, softmax_lse, dsoftmax_lse, deterministic)
 
 
-def flash_attn_func_backward(
+def dense_gradients(
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -180,8 +190,18 @@ def flash_attn_func_backward(
     softmax_lse: Tensor,
     *arguments: Any,
     **keywords: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """flash_attn_varlen_func_backward without its lengths."""
-    return flash_attn_varlen_func_backward(
+) -> Gradients:
+    """Those of flash_attn_func_backward: the same without lengths."""
+    return gradients(
         dout, q, k, v, out, softmax_lse, None, None, None, None, None, None, *arguments, **keywords
     )
+
+
+def flash_attn_varlen_func_backward(
+    *arguments: Any, **keywords: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return backward(gradients(*arguments, **keywords))
+
+
+def flash_attn_func_backward(*arguments: Any, **keywords: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return backward(dense_gradients(*arguments, **keywords))

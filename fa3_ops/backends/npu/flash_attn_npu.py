@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fa3_ops.backends.attention import Attention
-from fa3_ops.backends.npu import device, lowering, scheduler_metadata
+from fa3_ops.backends.npu import device, lowering, metadata
 from fa3_ops.backends.npu.capabilities import Capabilities, capabilities, splits
 from fa3_ops.backends.npu.device import Kernel
 from fa3_ops.backends.npu.lengths import Lengths, blind_rows, bound, clear
@@ -85,7 +85,7 @@ class FlashAttnNpu:
         if not plain:
             clear(out, softmax_lse, blind_rows(call))
         if lowered.scheduler_metadata is not None:
-            stale = scheduler_metadata.stale(lowered)
+            stale = metadata.stale(lowered)
             out.masked_fill_(stale, float("nan"))
             softmax_lse.masked_fill_(stale, float("nan"))
         return out, softmax_lse
@@ -114,7 +114,6 @@ def launch(call: Attention, found: Kernel, lengths: Lengths | None) -> tuple[Ten
         q, into, cu_seqlens_q = q[first:], out[first:], cu_seqlens_q - first
     left, right = (-1, -1) if call.causal else call.window_size
     can_split = call.page_table is not None and cu_seqlens_q is not None
-    metadata = call.scheduler_metadata
     result: list[Any] = found.fwd(
         q,
         call.k,
@@ -146,7 +145,7 @@ def launch(call: Attention, found: Kernel, lengths: Lengths | None) -> tuple[Ten
         0,  # attention_chunk
         call.softcap,
         True,  # rotary_interleaved
-        None if metadata is None else scheduler_metadata.raw(metadata),
+        None if call.scheduler_metadata is None else metadata.raw(call.scheduler_metadata),
         splits(call.num_splits, can_split, found),
         None,  # pack_gqa
         0,  # sm_margin

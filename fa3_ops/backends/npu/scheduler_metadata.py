@@ -1,15 +1,9 @@
-"""scheduler_metadata on NPU: what the kernel computes from lengths on the host, as a tensor on the
-device, so that a call that has it waits for nothing and can be captured.
-
-The kernel believes its metadata: lengths, heads and dtype that have changed since give wrong
-numbers. So ours carries what it was made for behind the kernel's bytes, and the call compares that
-on the device: results of a call that its metadata was not made for are NaN.
-"""
+"""get_scheduler_metadata on NPU: what the kernel computes from lengths on the host, as a tensor on
+the device, so that a call that has it waits for nothing and can be captured."""
 
 from __future__ import annotations
 
 import functools
-import zlib
 from collections.abc import Sequence
 
 import torch
@@ -19,54 +13,9 @@ from fa3_ops.backends.attention import Attention
 from fa3_ops.backends.npu import device
 from fa3_ops.backends.npu.capabilities import splits
 from fa3_ops.backends.npu.device import Kernel
+from fa3_ops.backends.npu.flash_attn_npu import FlashAttnNpu
 from fa3_ops.backends.npu.lengths import Lengths
-
-RAW_BYTES = 2384  # of flash_attn_npu 0.4.2
-
-
-def raw(metadata: Tensor) -> Tensor:
-    """The part that is the kernel's."""
-    return metadata[:RAW_BYTES]
-
-
-def _fingerprint(*configuration: object) -> int:
-    return zlib.crc32(repr(configuration).encode()) & 0x7FFFFFFF
-
-
-def _signature(fingerprint: int, seqlens_k: Tensor, cu_seqlens_q: Tensor | None) -> Tensor:
-    """(1 + batch_size [+ batch_size + 1],) int32."""
-    parts = [seqlens_k.new_full((1,), fingerprint), seqlens_k]
-    return torch.cat(parts if cu_seqlens_q is None else [*parts, cu_seqlens_q])
-
-
-def stale(call: Attention) -> Tensor:
-    """Whether the metadata was made for another call, as a bool on the device; call is lowered."""
-    assert call.scheduler_metadata is not None
-    assert call.page_table is not None
-    assert call.seqused_k is not None
-    fingerprint = _fingerprint(
-        call.batch_size,
-        call.seqlen_q,
-        call.page_table.shape[1],
-        call.nheads,
-        call.nheads_k,
-        call.headdim,
-        call.headdim_v,
-        call.k.shape[1],
-        call.q.dtype,
-        *call.window_size,
-        call.softcap,
-        call.softmax_scale,
-        max(call.num_splits, 1),
-    )
-    made_for = call.scheduler_metadata[RAW_BYTES:].view(torch.int32)
-    expected = _signature(fingerprint, call.seqused_k, call.cu_seqlens_q)
-    if made_for.shape != expected.shape:
-        raise RuntimeError(
-            f"fa3npu: scheduler_metadata must be made for batch_size {call.batch_size} and "
-            f"{'packed' if call.cu_seqlens_q is not None else 'dense'} q"
-        )
-    return (made_for != expected).any()
+from fa3_ops.backends.npu.metadata import RAW_BYTES, fingerprint_of, signature_of
 
 
 @functools.cache
@@ -125,7 +74,7 @@ def get_scheduler_metadata(
     left, right = window_size
     left, right = max(left, -1), 0 if causal else max(right, -1)
     causal = (left, right) == (-1, 0)
-    fingerprint = _fingerprint(
+    fingerprint = fingerprint_of(
         batch_size,
         max_seqlen_q,
         pages,
@@ -178,5 +127,5 @@ def get_scheduler_metadata(
             )
     else:  # nothing on this machine reads it
         made = torch.zeros(RAW_BYTES, dtype=torch.uint8, device=cache_seqlens.device)
-    signature = _signature(fingerprint, seqlens_k, cu_seqlens_q)
+    signature = signature_of(fingerprint, seqlens_k, cu_seqlens_q)
     return torch.cat((made, signature.view(torch.uint8)))

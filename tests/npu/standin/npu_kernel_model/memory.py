@@ -41,10 +41,9 @@ class Memory:
     """What lies behind tensor.data_ptr(), or behind its storage: no sizes, no strides."""
 
     def __init__(self, tensor: Tensor, from_storage: bool = False) -> None:
-        tensor = host(tensor)
         start = 0 if from_storage else tensor.storage_offset()
         count = tensor.untyped_storage().nbytes() // tensor.element_size() - start
-        self.cells = tensor.as_strided((max(count, 0),), (1,), start)
+        self.cells = host(tensor.as_strided((max(count, 0),), (1,), start))
 
     def _check(self, index: Tensor, what: str) -> None:
         if index.numel() and (int(index.min()) < 0 or int(index.max()) >= len(self.cells)):

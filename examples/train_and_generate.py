@@ -176,7 +176,8 @@ def generate(model: GPT, decode: DecodeStep, prompts: Sequence[Tensor], noise: T
     start = time.perf_counter()
     for i in range(1, noise.shape[1]):
         cache.plan(model.config)
-        logits.append(decode(tokens[-1], cache))
+        # A captured graph writes its next result over this one.
+        logits.append(decode(tokens[-1], cache).clone())
         tokens.append((logits[-1] + noise[:, i]).argmax(-1))
     texts = torch.stack(tokens, dim=1).cpu()  # waits for the device
     rate = tokens[0].numel() * (len(tokens) - 1) / (time.perf_counter() - start)

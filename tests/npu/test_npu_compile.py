@@ -141,3 +141,39 @@ def test_a_decode_loop_equals_eager(backend: str, monkeypatch: pytest.MonkeyPatc
     # No copy of a cache: the append writes the caches themselves.
     caches = {(x["k_cache"].data_ptr(), x["v_cache"].data_ptr()) for x in (ours, eager)}
     assert written == caches
+
+
+class Attend(torch.nn.Module):
+    def forward(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache_seqlens = torch.full((q.shape[0],), 5, dtype=torch.int32, device=q.device)
+        out, _ = ops.flash_attn_with_kvcache(
+            q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens, causal=True
+        )
+        return out + k_cache.amax()
+
+
+def test_export() -> None:
+    def arguments(batch: int) -> tuple[Tensor, ...]:
+        heads = ((1, 4), (32, 2), (32, 2), (1, 2), (1, 2))
+        return tuple(rand(batch, rows, h, D, dtype=HALF).npu() for rows, h in heads)
+
+    batch = torch.export.Dim("batch", min=2, max=9)
+    shapes = ({0: batch},) * 5
+    exported = torch.export.export(Attend(), arguments(3), dynamic_shapes=shapes)
+    for size in (2, 3, 7):
+        args = arguments(size)
+        theirs = tuple(x.clone() for x in args)
+        with torch.no_grad():
+            got, want = exported.module()(*args), Attend()(*theirs)
+        assert torch.equal(got.cpu(), want.cpu())
+        assert torch.equal(args[1].cpu(), theirs[1].cpu())
+
+
+def test_autocast() -> None:
+    q, k, v = (rand(2, 9, h, D).npu().requires_grad_() for h in (4, 2, 2))
+    with torch.autocast("npu", HALF):
+        out, _ = ops.flash_attn_func(q, k, v, causal=True)
+    assert out.dtype == HALF
+    out.float().sum().backward()
+    assert q.grad is not None
+    assert q.grad.dtype == torch.float32

@@ -328,6 +328,18 @@ class TestAscend950:
         assert_close(out, want, HALF)
         assert_lse(lse, want_lse, HALF)
 
+    def test_packed_keys_with_sequences_without_rows(self) -> None:
+        torch.manual_seed(0)
+        call = {name: rand(20, h, 64, dtype=HALF) for name, h in (("q", 4), ("k", 2), ("v", 2))}
+        call |= {"cu_seqlens_q": ints(0, 9, 9, 20), "cu_seqlens_k": ints(0, 8, 15, 20)}
+        want, want_lse = reference.batched(**call, causal=True)
+        with fa3_ops.use_backend("flash_attn_npu"):
+            out, lse = fa3_ops.flash_attn_varlen_func(
+                **to_npu(call), max_seqlen_q=11, max_seqlen_k=8, causal=True, return_attn_probs=True
+            )
+        assert_close(out, want, HALF)
+        assert_lse(lse, want_lse, HALF)
+
     def test_training(self) -> None:
         leaves = [rand(2, 9, h, 64, dtype=HALF) for h in (4, 2, 2)]
         device_leaves = [x.npu().requires_grad_() for x in leaves]
@@ -384,6 +396,14 @@ class TestErrors:
     def test_attention(self, change: dict[str, Tensor], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             fa3_ops.flash_attn_with_kvcache(**to_npu(decode() | change))
+
+    def test_a_bound_that_is_too_small(self) -> None:
+        """Rows past it would be left out without a word."""
+        q, k, v = (rand(9, h, 64, dtype=HALF).npu() for h in (4, 2, 2))
+        cu_seqlens = ints(0, 2, 9).npu()
+        for bounds, message in (((6, 7), "max_seqlen_q .* 7, got 6"), ((7, 6), "max_seqlen_k")):
+            with pytest.raises(ValueError, match=message):
+                fa3_ops.flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, *bounds)
 
     def test_page_ids_are_bounded(self) -> None:
         call = to_npu(decode() | {"page_table": ints(400, -2, 9, 7, 8, 9).view(2, 3)})

@@ -5,12 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
-
-from torch import Tensor
 
 
 @functools.cache
@@ -33,11 +29,6 @@ def capturing() -> bool:
     return bool(torch_npu.npu.is_current_stream_capturing())
 
 
-def host(t: Tensor | None) -> list[int] | None:
-    """The values of lengths that the host may look at; waits for the device."""
-    return None if t is None else t.tolist()
-
-
 @dataclass(frozen=True)
 class Kernel:
     """The raw extension of an installed flash_attn_npu. Its Python functions are not used: they
@@ -56,11 +47,6 @@ class Kernel:
     def token_major_lse(self) -> bool:
         """(total_q, nheads) and (batch_size, seqlen_q, nheads) before 0.3."""
         return self.version < (0, 3)
-
-    @property
-    def fwd(self) -> Callable[..., Any]:
-        function: Callable[..., Any] = self.module.fwd
-        return function
 
 
 def _version() -> tuple[int, ...]:

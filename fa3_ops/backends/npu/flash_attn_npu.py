@@ -94,11 +94,12 @@ class FlashAttnNpu:
 def lower(call: Attention, can: Capabilities, lengths: Lengths | None) -> Attention:
     """The steps of lowering.py that this kernel needs, and bounds for what no host has seen."""
     call = lowering.pad_headdim(call, can.headdims, equal=not can.headdim_v_differs)
+    drops = can.lists_keys and lengths is not None and 0 in lengths.seqlens_q
     empty = call.cu_seqlens_k is not None and not (lengths and lengths.plain)
-    call = lowering.as_pages(call, can.page_sizes, force=empty)
+    call = lowering.as_pages(call, can.page_sizes, force=empty or drops)
     call = lowering.split_unused_rows(call)
     if can.lists_keys:
-        if call.cu_seqlens_q is not None and (lengths is None or 0 in lengths.seqlens_q):
+        if call.cu_seqlens_q is not None and (drops or lengths is None):
             call = lowering.drop_empty_sequences(call)
         call = replace(call, seqused_k=lowering.keys_in_use(call))
     return replace(bound(call), q=call.q.contiguous())
@@ -114,7 +115,7 @@ def launch(call: Attention, found: Kernel, lengths: Lengths | None) -> tuple[Ten
         q, into, cu_seqlens_q = q[first:], out[first:], cu_seqlens_q - first
     left, right = (-1, -1) if call.causal else call.window_size
     can_split = call.page_table is not None and cu_seqlens_q is not None
-    result: list[Any] = found.fwd(
+    result: list[Any] = found.module.fwd(
         q,
         call.k,
         call.v,

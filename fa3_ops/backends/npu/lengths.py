@@ -99,6 +99,15 @@ class Lengths:
                 require(0 <= pad <= used, f"cache_leftpad[{b}] must be in [0, {used}], got {pad}")
             seqlens_k = [used - pad for used, pad in zip(seqlens_k, pads, strict=True)]
 
+        for name, packed, seqlens, bound in (
+            ("max_seqlen_q", cu_q, seqlens_q, call.max_seqlen_q),
+            ("max_seqlen_k", cu_k, seqlens_k, call.max_seqlen_k),
+        ):
+            longest = max(seqlens, default=0)
+            require(
+                packed is None or bound is None or longest <= bound,
+                f"{name} must be at least the longest sequence, {longest}, got {bound}",
+            )
         right = call.window_size[1]
         slack = min((k - q for q, k in zip(seqlens_q, seqlens_k, strict=True)), default=0)
         plain = plain and min(seqlens_k, default=1) > 0 and (right < 0 or slack + right >= 0)

@@ -1,8 +1,8 @@
 """From what FlashAttention-3 offers to what the NPU's kernels have, in small steps.
 
-Every step takes a call and returns one with the same meaning that needs less of a kernel. None
-waits for the device. A step that copies keys or values says so in `notes` and, where they are a
-cache, counts as a fallback.
+Every step takes a call and returns one with the same meaning that needs less of a kernel. None but
+drop_empty_sequences waits for the device. A step that copies keys or values says so in `notes` and,
+where they are a cache, counts as a fallback.
 
 The main trick: a page table can address any keys in place. A dense cache is a paged one whose
 pages are slices of it; keys that start anywhere (left padding, packed sequences used in part) are

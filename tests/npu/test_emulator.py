@@ -28,12 +28,15 @@ EMULATOR = Path(__file__).parent / "emulator"
 STREAM_CAPTURED = "107027"
 
 
-def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(
+    *arguments: str, timeout: float = 300, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
         env={**os.environ, "PYTHONPATH": str(EMULATOR), **environment},
         capture_output=True,
         text=True,
+        timeout=timeout,
     )
 
 
@@ -923,3 +926,24 @@ def test_the_build_is_up_to_date_and_needs_no_torch():
     assert done.stdout.strip() == "cann_emulator: up to date"
     assert not any(line.endswith((" torch", " torch_npu")) for line in done.stderr.splitlines())
     assert build.up_to_date()
+
+
+def test_a_storage_may_die_while_a_kernel_waits_for_python() -> None:
+    """The thread in which it dies holds Python's lock, which the kernel needs to go on."""
+    code = """
+import threading, time
+import cann_emulator, torch
+storages = [torch.empty(8, device="npu").untyped_storage() for _ in range(50)]
+cann_emulator.submit(lambda: [time.sleep(0.01) for _ in range(50)])
+def drop():
+    while storages:
+        storages.pop()
+        time.sleep(0.005)
+thread = threading.Thread(target=drop)
+thread.start()
+cann_emulator.flush()
+thread.join()
+print("done")
+"""
+    done = run_python("-c", code, timeout=60, CANNEMU_LAZY="1", PYTORCH_NO_NPU_MEMORY_CACHING="1")
+    assert "done" in done.stdout

@@ -82,7 +82,9 @@ void check_red_zones() {
 }
 
 void release_freed_blocks() {
-  if (!idle()) return;
+  // Never waits: the caller may hold Python's lock, which a running kernel waits for.
+  std::unique_lock<std::recursive_mutex> running(run_mutex(), std::try_to_lock);
+  if (!running || !idle()) return;
   const bool keep = graphs_alive();
   std::lock_guard<std::mutex> lock(blocks_mutex);
   for (auto [address, block] : freed) poison(reinterpret_cast<void*>(address), block.bytes);

@@ -65,6 +65,7 @@ Rows rows_of(const Tensor& t) {
   Rows rows;
   rows.data = static_cast<char*>(t.data_ptr());
   rows.dtype = t.scalar_type();
+  rows.element = bytes;
   rows.batch = t.dim() == 4 ? t.stride(0) * bytes : 0;
   rows.row = t.stride(-3) * bytes;
   rows.head = t.stride(-2) * bytes;

@@ -76,14 +76,14 @@ char* thread_scratch(int64_t bytes) {
 
 // Calls work(i, scratch) for i in [0, count), each on whichever thread is free next.
 template <class F>
-void run_dynamically(int64_t count, int64_t scratch_bytes, const F& work) {
+void run_dynamically(int64_t threads, int64_t count, int64_t scratch_bytes, const F& work) {
   if (count == 0) return;
   std::atomic<int64_t> next{0};
   const auto loop = [&](int64_t, int64_t) {
     char* scratch = thread_scratch(scratch_bytes);
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i, scratch);
   };
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  threads = std::min(threads, count);
   if (threads == 1)
     loop(0, 1);
   else
@@ -95,10 +95,33 @@ std::vector<RowTile> row_tiles(const Attention& a) {
   for (int64_t b = 0; b < a.batch_size; ++b) {
     const int64_t rows = a.sequences[b].q_len * a.group();
     for (int64_t head = 0; head < a.nheads_k; ++head)
-      for (int64_t first = round_up(rows, kRowTile) - kRowTile; first >= 0; first -= kRowTile)
-        tiles.push_back({b, head, first, std::min(kRowTile, rows - first)});  // long rows first
+      for (int64_t first = round_up(rows, a.row_tile) - a.row_tile; first >= 0; first -= a.row_tile)
+        tiles.push_back({b, head, first, std::min(a.row_tile, rows - first)});  // long rows first
   }
   return tiles;
+}
+
+// Many rows share what is loaded of K and V, unless that would leave a thread without work. No
+// row's result depends on it.
+int64_t choose_row_tile(const Attention& a, int64_t threads) {
+  int64_t longest = 1, all = 0;
+  for (int64_t b = 0; b < a.batch_size; ++b) {
+    const int64_t rows = a.sequences[b].q_len * a.group();
+    longest = std::max(longest, rows);
+    all += rows * a.nheads_k;
+  }
+  const int64_t fair = all / (4 * threads) / 12 * 12;
+  return std::min(longest, std::clamp<int64_t>(fair, 60, kRowTile));
+}
+
+// As many threads as have at least some microseconds of work each.
+int64_t choose_threads(const Attention& a) {
+  constexpr double kLeastWork = 1 << 20;  // multiplications
+  double work = 0;
+  for (int64_t b = 0; b < a.batch_size; ++b)
+    work += double(a.sequences[b].q_len) * a.sequences[b].k_len;
+  work *= double(a.nheads) * (a.headdim + a.headdim_v);
+  return std::clamp<int64_t>(work / kLeastWork, 1, torch::stable::get_num_threads());
 }
 
 struct Chunks {
@@ -133,24 +156,27 @@ uint16_t float_to_bfloat16(float x) { return c10::BFloat16(x).x; }
 
 int64_t state_bytes(const Attention& a) {
   const int64_t element = a.is_double() ? 8 : 4;
-  return element * kRowTile * (2 + round_up(a.headdim_v, 16));
+  return element * (a.row_tile * (2 + round_up(a.headdim_v, 16)) + 64);
 }
 
 int64_t scratch_bytes(const Attention& a) {  // the most that any kernel takes
   const int64_t element = a.is_double() ? 8 : 4;
   const int64_t widths = round_up(a.headdim, 16) + round_up(a.headdim_v, 16);
-  const int64_t tiles = 5 * kRowTile * widths;  // rows, K and V, their transposes, gradients, spare
-  const int64_t squares = 3 * kRowTile * kKeyBlock;
-  return element * (tiles + squares) + kRowTile * 64 + 4096;
+  const int64_t keys = 2 * kKeyBlock * widths + 32 * widths;  // K and V, transposes, a strip
+  const int64_t rows = a.row_tile * (3 * widths + 3 * kKeyBlock);
+  return element * (keys + rows) + a.row_tile * 64 + 8192;
 }
 
-void attention_forward(const Attention& a) {
+void attention_forward(const Attention& call) {
   const Kernels& k = kernels();
+  const int64_t threads = choose_threads(call);
+  Attention a = call;
+  a.row_tile = choose_row_tile(a, threads);
   const auto tiles = row_tiles(a);
   const int64_t count = tiles.size(), state = round_up(state_bytes(a), 64);
 
-  if (count >= torch::stable::get_num_threads()) {
-    run_dynamically(count, 2 * state + scratch_bytes(a), [&](int64_t i, char* scratch) {
+  if (count >= threads) {
+    run_dynamically(threads, count, 2 * state + scratch_bytes(a), [&](int64_t i, char* scratch) {
       char *total = scratch, *part = scratch + state, *rest = scratch + 2 * state;
       const Chunks chunks = chunks_of(a, tiles[i]);
       if (chunks.begin == chunks.end) k.empty_state(a, total);
@@ -174,10 +200,10 @@ void attention_forward(const Attention& a) {
   first.push_back(work.size());
   std::vector<char> memory(work.size() * state + 64);
   char* states = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
-  run_dynamically(work.size(), scratch_bytes(a), [&](int64_t i, char* scratch) {
+  run_dynamically(threads, work.size(), scratch_bytes(a), [&](int64_t i, char* scratch) {
     k.forward_chunk(a, tiles[work[i].first], work[i].second, states + i * state, scratch);
   });
-  run_dynamically(count, state, [&](int64_t i, char* scratch) {
+  run_dynamically(threads, count, state, [&](int64_t i, char* scratch) {
     char* total = first[i] < first[i + 1] ? states + first[i] * state : scratch;
     if (total == scratch) k.empty_state(a, total);
     for (int64_t part = first[i] + 1; part < first[i + 1]; ++part)
@@ -194,8 +220,9 @@ STABLE_TORCH_LIBRARY_IMPL(fa3npu, CompositeExplicitAutograd, m) {
 
 void attention_backward(const Attention& a) {
   const Kernels& k = kernels();
+  const int64_t threads = choose_threads(a);
   const auto tiles = row_tiles(a);
-  run_dynamically(tiles.size(), scratch_bytes(a),
+  run_dynamically(threads, tiles.size(), scratch_bytes(a),
                   [&](int64_t i, char* scratch) { k.backward_dq(a, tiles[i], scratch); });
 
   struct KeyWork {
@@ -206,7 +233,7 @@ void attention_backward(const Attention& a) {
     for (int64_t head = 0; head < a.nheads_k; ++head)
       for (int64_t block = 0; block < a.sequences[b].k_len; block += kKeyBlock)
         blocks.push_back({b, head, block});
-  run_dynamically(blocks.size(), scratch_bytes(a), [&](int64_t i, char* scratch) {
+  run_dynamically(threads, blocks.size(), scratch_bytes(a), [&](int64_t i, char* scratch) {
     k.backward_dkdv(a, blocks[i].sequence, blocks[i].head, blocks[i].block, scratch);
   });
 }

@@ -13,10 +13,9 @@ namespace fa3npu {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kRowTile = 64;  // query rows (position x head of a group) that share K and V
-constexpr int64_t kKeyBlock =
-    64;  // keys per step of the online softmax, aligned to absolute positions
-constexpr int64_t kChunk = 1024;  // keys per partial result; partial results merge in order
+constexpr int64_t kRowTile = 240;  // most query rows (position x head of a group) of a tile
+constexpr int64_t kKeyBlock = 64;  // keys a step of the online softmax, at absolute multiples of it
+constexpr int64_t kChunk = 1024;   // keys per partial result; partial results merge in order
 constexpr int64_t kMaxHeadDim = 512;
 
 // A tensor of head vectors, each contiguous. Strides are in bytes.
@@ -24,6 +23,7 @@ struct Rows {
   char* data = nullptr;
   ScalarType dtype = ScalarType::Undefined;
   int64_t batch = 0, row = 0, head = 0;
+  int64_t element = 0;
 
   char* at(int64_t b, int64_t i, int64_t h) const { return data + b * batch + i * row + h * head; }
 };
@@ -59,6 +59,7 @@ struct Attention {
   const Sequence* sequences;
   int64_t batch_size, nheads, nheads_k, headdim, headdim_v;
   int64_t page_size = 0;
+  int64_t row_tile = 64;  // rows of a tile in this call, which share what is loaded of K and V
   double softmax_scale, softcap;
   int64_t window_left, window_right, attention_chunk;  // -1, -1, 0: no limit
 
@@ -87,7 +88,7 @@ struct Attention {
   }
 };
 
-// Up to kRowTile query rows of one sequence and one KV head. Row r is position r / group of head
+// Up to row_tile query rows of one sequence and one KV head. Row r is position r / group of head
 // head_k * group + r % group, so that all heads of a group share what is loaded of K and V.
 struct RowTile {
   int64_t sequence, head_k, first, rows;

@@ -102,20 +102,34 @@ INLINE Vec<double> softcapped(const Vec<double>& x, double softcap) {
   return y;
 }
 
-template <class T>
-INLINE T sum(const Vec<T>& x) {  // a fixed tree
+// Of all lanes, in a fixed tree.
+template <class T, class F>
+INLINE T reduce(Vec<T> x, const F& combine) {
+#if FA3NPU_SHUFFLES
+  typedef typename Vector<T>::bits Bits;
+  Bits lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int half = kLanes<T> / 2; half > 0; half /= 2)
+    x = combine(x, __builtin_shuffle(x, (lane + half) & (kLanes<T> - 1)));
+  return x[0];
+#else
   T y[kLanes<T>];
   vec(y) = x;
-  for (int64_t half = kLanes<T> / 2; half > 0; half /= 2)
-    for (int64_t i = 0; i < half; ++i) y[i] += y[i + half];
+  for (int half = kLanes<T> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) y[i] = combine(y[i], y[i + half]);
   return y[0];
+#endif
+}
+
+template <class T>
+INLINE T sum(const Vec<T>& x) {
+  return reduce<T>(x, [](auto a, auto b) { return a + b; });
 }
 
 template <class T>
 INLINE T max(const Vec<T>& x) {
-  T y = x[0];
-  for (int64_t i = 1; i < kLanes<T>; ++i) y = x[i] > y ? x[i] : y;
-  return y;
+  return reduce<T>(x, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 template <class T>
@@ -171,9 +185,22 @@ void product(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a
   for (; r + FA3NPU_ROWS <= rows; r += FA3NPU_ROWS)
     product_rows<T, FA3NPU_ROWS, FA3NPU_VECTORS, false>(columns, depth, a + r * a_row, a_row, a_col,
                                                         b, ldb, c + r * ldc, ldc, accumulate);
-  for (; r < rows; ++r)
-    product_rows<T, 1, FA3NPU_VECTORS, false>(columns, depth, a + r * a_row, a_row, a_col, b, ldb,
-                                              c + r * ldc, ldc, accumulate);
+  const auto rest = [&](auto n) {  // together, so that B is read once
+    product_rows<T, decltype(n)::value, FA3NPU_VECTORS, false>(
+        columns, depth, a + r * a_row, a_row, a_col, b, ldb, c + r * ldc, ldc, accumulate);
+  };
+  switch (rows - r) {
+    case 1:
+      return rest(std::integral_constant<int, 1>());
+    case 2:
+      return rest(std::integral_constant<int, 2>());
+    case 3:
+      return rest(std::integral_constant<int, 3>());
+    case 4:
+      return rest(std::integral_constant<int, 4>());
+    case 5:
+      return rest(std::integral_constant<int, 5>());
+  }
 }
 
 // ---- loads and stores ----
@@ -238,11 +265,70 @@ void store_row(const T* from, T scale, ScalarType dtype, int64_t n, char* to) {
   }
 }
 
+INLINE void prefetch(const char* at, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+}
+
 template <class T>
 bool all_finite(const T* x, int64_t n) {
-  Vec<T> zeros{};
-  for (int64_t i = 0; i < n; i += kLanes<T>) zeros += vec(x + i) * T(0);
-  return sum<T>(zeros) == T(0);
+  Vec<T> zeros[4]{};
+  int64_t i = 0;
+  for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>)
+    for (int64_t k = 0; k < 4; ++k) zeros[k] += vec(x + i + k * kLanes<T>) * T(0);
+  for (; i < n; i += kLanes<T>) zeros[0] += vec(x + i) * T(0);
+  return sum<T>(zeros[0] + zeros[1] + (zeros[2] + zeros[3])) == T(0);
+}
+
+// ---- a square of lanes x lanes, transposed ----
+
+#if FA3NPU_SHUFFLES
+// Which lanes of two vectors make the first and the second one after quarters of size `half` swap.
+template <class T, class Index>
+struct Swaps {
+  static constexpr int L = kLanes<T>;
+  alignas(64) Index first[L], second[L];
+  constexpr explicit Swaps(int half) : first(), second() {
+    for (int j = 0; j < L; ++j) {
+      first[j] = j & half ? L + j - half : j;
+      second[j] = j & half ? L + j : j + half;
+    }
+  }
+};
+
+template <class T, int Half>
+INLINE void swap_quarters(Vec<T>* x) {
+  typedef typename Vector<T>::bits Bits;
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> Index;
+  static constexpr Swaps<T, Index> swaps(Half);
+  const Bits first = reinterpret_cast<const Bits&>(swaps.first);
+  const Bits second = reinterpret_cast<const Bits&>(swaps.second);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) {
+    if (i & Half) continue;
+    const Vec<T> a = x[i], b = x[i + Half];
+    x[i] = __builtin_shuffle(a, b, first);
+    x[i + Half] = __builtin_shuffle(a, b, second);
+  }
+}
+#endif
+
+template <class T>
+INLINE void transpose(const T* from, int64_t ld, T* to, int64_t ld_to) {
+  constexpr int L = kLanes<T>;
+#if FA3NPU_SHUFFLES
+  Vec<T> x[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) x[i] = vec(from + i * ld);
+  if constexpr (L == 16) swap_quarters<T, 8>(x);
+  swap_quarters<T, 4>(x);
+  swap_quarters<T, 2>(x);
+  swap_quarters<T, 1>(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) vec(to + i * ld_to) = x[i];
+#else
+  for (int i = 0; i < L; ++i)
+    for (int j = 0; j < L; ++j) to[j * ld_to + i] = from[i * ld + j];
+#endif
 }
 
 // ---- tiles in scratch memory ----
@@ -267,28 +353,30 @@ constexpr int64_t padded(int64_t n) {
 // either of them null where it is not needed. Rows past `count` and columns past `width` are zero.
 template <class T>
 struct KeyTile {
-  T *rows, *transposed;
+  T *rows, *transposed, *strip;
   int64_t width, ld;
 
   KeyTile(Arena& arena, int64_t width, bool with_rows, bool with_transposed)
       : rows(with_rows ? arena.take<T>(kKeyBlock * padded<T>(width)) : nullptr),
-        transposed(with_transposed ? arena.take<T>(kKeyBlock * width) : nullptr),
+        transposed(with_transposed ? arena.take<T>(kKeyBlock * padded<T>(width)) : nullptr),
+        strip(with_rows ? nullptr : arena.take<T>(kLanes<T> * padded<T>(width))),
         width(width),
         ld(padded<T>(width)) {}
 
   void load(const Attention& a, const Rows& cache, const Sequence& s, int64_t first, int64_t count,
             int64_t head) {
-    T row[kMaxHeadDim + 16];
-    for (int64_t j = 0; j < kKeyBlock; ++j) {
-      T* to = rows ? rows + j * ld : row;
-      if (j < count) {
-        load_row(a.key_row(cache, s, first + j, head), cache.dtype, width, to);
-        for (int64_t c = width; c < ld; ++c) to[c] = T(0);
-      } else {
-        for (int64_t c = 0; c < ld; ++c) to[c] = T(0);
+    for (int64_t j = 0; j < kKeyBlock; j += kLanes<T>) {
+      T* to = rows ? rows + j * ld : strip;
+      for (int64_t i = 0; i < kLanes<T>; ++i) {
+        T* row = to + i * ld;
+        const bool there = j + i < count;
+        if (there) load_row(a.key_row(cache, s, first + j + i, head), cache.dtype, width, row);
+        const int64_t later = first + j + i + kKeyBlock;  // rows are too short for the hardware's
+        if (later < s.k_len) prefetch(a.key_row(cache, s, later, head), cache.element * width);
+        for (int64_t c = there ? width : 0; c < ld; ++c) row[c] = T(0);
       }
-      if (transposed)
-        for (int64_t c = 0; c < width; ++c) transposed[c * kKeyBlock + j] = to[c];
+      for (int64_t c = 0; transposed && c < ld; c += kLanes<T>)
+        transpose(to + c, ld, transposed + c * kKeyBlock + j, kKeyBlock);
     }
   }
 
@@ -315,11 +403,11 @@ struct QueryTile {
         first(t.first),
         rows(t.rows),
         ld(padded<T>(a.headdim)) {
-    q = arena.take<T>(kRowTile * ld);
-    qv = a.qv.data ? arena.take<T>(kRowTile * a.headdim_v) : nullptr;
-    position = arena.take<int64_t>(kRowTile);
-    keys = arena.take<KeyRange>(kRowTile);
-    slope = arena.take<T>(kRowTile);
+    q = arena.take<T>(a.row_tile * ld);
+    qv = a.qv.data ? arena.take<T>(a.row_tile * a.headdim_v) : nullptr;
+    position = arena.take<int64_t>(a.row_tile);
+    keys = arena.take<KeyRange>(a.row_tile);
+    slope = arena.take<T>(a.row_tile);
     load();
   }
 
@@ -373,6 +461,12 @@ struct QueryTile {
     return ((index >= begin) & (index < end)) ? x : Vec<T>{} - T(kInf);
   }
 
+  // Whether row r's logits at the keys of the block are its scores times softmax_scale.
+  bool plain(int64_t r, int64_t block) const {
+    return keys[r].begin <= block && keys[r].end >= block + kKeyBlock && a.softcap <= 0 &&
+           slope[r] == 0;
+  }
+
   bool sees(int64_t block) const {
     return keys[0].begin < block + kKeyBlock && keys[rows - 1].end > block;
   }
@@ -387,18 +481,18 @@ struct State {
   int64_t ld;
   State(const Attention& a, char* at) : ld(padded<T>(a.headdim_v)) {
     Arena arena{at};
-    maximum = arena.take<T>(kRowTile);
-    sum = arena.take<T>(kRowTile);
-    out = arena.take<T>(kRowTile * ld);
+    maximum = arena.take<T>(a.row_tile);
+    sum = arena.take<T>(a.row_tile);
+    out = arena.take<T>(a.row_tile * ld);
   }
 };
 
 template <class T>
 void empty_state_(const Attention& a, char* at) {
   const State<T> state(a, at);
-  fill<T>(state.maximum, kRowTile, -T(kInf));
-  fill<T>(state.sum, kRowTile, T(0));
-  fill<T>(state.out, kRowTile * state.ld, T(0));
+  fill<T>(state.maximum, a.row_tile, -T(kInf));
+  fill<T>(state.sum, a.row_tile, T(0));
+  fill<T>(state.out, a.row_tile * state.ld, T(0));
 }
 
 // One step of the online softmax for row r: turns its scores into probabilities relative to the new
@@ -408,10 +502,18 @@ void softmax_step(const QueryTile<T>& q, int64_t r, int64_t block, T* scores,
                   const State<T>& state) {
   T* row = scores + r * kKeyBlock;
   Vec<T> top = Vec<T>{} - T(kInf);
-  for (int64_t lane = 0; lane < kKeyBlock; lane += kLanes<T>) {
-    const Vec<T> x = q.logits(r, block, lane, vec(row + lane));
-    vec(row + lane) = x;
-    top = x > top ? x : top;
+  if (q.plain(r, block)) {
+    for (int64_t lane = 0; lane < kKeyBlock; lane += kLanes<T>) {
+      const Vec<T> x = vec(row + lane) * T(q.a.softmax_scale);
+      vec(row + lane) = x;
+      top = x > top ? x : top;
+    }
+  } else {
+    for (int64_t lane = 0; lane < kKeyBlock; lane += kLanes<T>) {
+      const Vec<T> x = q.logits(r, block, lane, vec(row + lane));
+      vec(row + lane) = x;
+      top = x > top ? x : top;
+    }
   }
   const T before = state.maximum[r];
   const T maximum = greater(before, max<T>(top));
@@ -422,10 +524,13 @@ void softmax_step(const QueryTile<T>& q, int64_t r, int64_t block, T* scores,
     vec(row + lane) = p;
     total += p;
   }
+  if (maximum == before) {  // alpha is 1
+    state.sum[r] += sum<T>(total);
+    return;
+  }
   const T alpha = exp1(before - base);
   state.maximum[r] = maximum;
   state.sum[r] = state.sum[r] * alpha + sum<T>(total);
-  if (alpha == T(1)) return;
   for (int64_t c = 0; c < state.ld; c += kLanes<T>) vec(state.out + r * state.ld + c) *= alpha;
 }
 
@@ -435,7 +540,7 @@ void forward_chunk_(const Attention& a, const RowTile& t, int64_t chunk, char* a
   const QueryTile<T> q(a, t, arena);
   KeyTile<T> k(arena, a.headdim, false, true);
   KeyTile<T> v(arena, a.headdim_v, true, a.qv.data != nullptr);
-  T* scores = arena.take<T>(kRowTile * kKeyBlock);
+  T* scores = arena.take<T>(a.row_tile * kKeyBlock);
   const State<T> state(a, at);
   empty_state_<T>(a, at);
 
@@ -504,12 +609,12 @@ struct GradientTile {
 
   GradientTile(const Attention& a, const RowTile& t, Arena& arena)
       : q(a, t, arena), width(padded<T>(a.headdim_v)) {
-    dout = arena.take<T>(kRowTile * width);
-    out = arena.take<T>(kRowTile * width);
-    lse = arena.take<T>(kRowTile);
-    delta = arena.take<T>(kRowTile);
-    p = arena.take<T>(kRowTile * kKeyBlock);
-    ds = arena.take<T>(kRowTile * kKeyBlock);
+    dout = arena.take<T>(a.row_tile * width);
+    out = arena.take<T>(a.row_tile * width);
+    lse = arena.take<T>(a.row_tile);
+    delta = arena.take<T>(a.row_tile);
+    p = arena.take<T>(a.row_tile * kKeyBlock);
+    ds = arena.take<T>(a.row_tile * kKeyBlock);
   }
 
   void load_dout() {
@@ -567,8 +672,8 @@ void backward_dq_(const Attention& a, const RowTile& t, char* scratch) {
   g.load_dout();
   KeyTile<T> k(arena, a.headdim, true, true);
   KeyTile<T> v(arena, a.headdim_v, false, true);
-  T* dq = arena.take<T>(kRowTile * k.ld);
-  fill<T>(dq, kRowTile * k.ld, T(0));
+  T* dq = arena.take<T>(a.row_tile * k.ld);
+  fill<T>(dq, a.row_tile * k.ld, T(0));
   const Sequence& s = g.q.s;
   for (int64_t block = 0; block < s.k_len; block += kKeyBlock) {
     if (!g.q.sees(block)) continue;
@@ -602,8 +707,8 @@ void backward_dkdv_(const Attention& a, int64_t sequence, int64_t head_k, int64_
   v.load(a, a.v, s, block, count, head_k);
 
   const Arena tile_arena = arena;
-  for (int64_t first = 0; first < all_rows; first += kRowTile) {
-    const RowTile t{sequence, head_k, first, least(kRowTile, all_rows - first)};
+  for (int64_t first = 0; first < all_rows; first += a.row_tile) {
+    const RowTile t{sequence, head_k, first, least(a.row_tile, all_rows - first)};
     const KeyRange keys = visible(a, t);
     if (keys.begin >= block + kKeyBlock || keys.end <= block) continue;
     Arena tile = tile_arena;

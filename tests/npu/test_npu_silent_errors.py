@@ -219,8 +219,9 @@ def test_10_metadata_of_other_lengths() -> None:
     assert out.cpu().isnan().all()
 
 
-def test_11_rows_that_see_no_key() -> None:
-    call = {**packed_q([10]), **paged([4]), "causal": True}
+@pytest.mark.parametrize("keys", [4, 9])
+def test_11_rows_that_see_no_key(keys: int) -> None:
+    call = {**packed_q([10]), **paged([keys]), "causal": True}
     show("flash_attn_with_kvcache", call)
 
 

@@ -134,6 +134,22 @@ Chunks chunks_of(const Attention& a, const RowTile& t) {
   return {keys.begin / kChunk, (keys.end + kChunk - 1) / kChunk};
 }
 
+// Few rows: all KV heads of a token, which lie together, are read together, as far as that leaves
+// work for every thread. A power of two, so that units of work stay even.
+int64_t choose_together(const Attention& a, int64_t threads) {
+  constexpr int64_t kFewRows = 16, kMost = 16;
+  int64_t chunks = 0;
+  for (int64_t b = 0; b < a.batch_size; ++b) {
+    if (a.sequences[b].q_len * a.group() > kFewRows) return 1;  // several tiles, or large ones
+    chunks += (a.sequences[b].k_len + kChunk - 1) / kChunk;
+  }
+  int64_t together = 1;
+  while (together < kMost && a.nheads_k % (2 * together) == 0 &&
+         chunks * a.nheads_k / (2 * together) >= threads)
+    together *= 2;
+  return together;
+}
+
 }  // namespace
 
 const Kernels& kernels() {
@@ -156,7 +172,7 @@ uint16_t float_to_bfloat16(float x) { return c10::BFloat16(x).x; }
 
 int64_t state_bytes(const Attention& a) {
   const int64_t element = a.is_double() ? 8 : 4;
-  return element * (a.row_tile * (2 + round_up(a.headdim_v, 16)) + 64);
+  return round_up(element * (a.row_tile * (2 + round_up(a.headdim_v, 16)) + 64), 64);
 }
 
 int64_t scratch_bytes(const Attention& a) {  // the most that any kernel takes
@@ -164,7 +180,7 @@ int64_t scratch_bytes(const Attention& a) {  // the most that any kernel takes
   const int64_t widths = round_up(a.headdim, 16) + round_up(a.headdim_v, 16);
   const int64_t keys = 2 * kKeyBlock * widths + 32 * widths;  // K and V, transposes, a strip
   const int64_t rows = a.row_tile * (3 * widths + 3 * kKeyBlock);
-  return element * (keys + rows) + a.row_tile * 64 + 8192;
+  return element * (keys + a.together * rows) + a.together * (a.row_tile * 64 + 1024) + 8192;
 }
 
 void attention_forward(const Attention& call) {
@@ -172,42 +188,51 @@ void attention_forward(const Attention& call) {
   const int64_t threads = choose_threads(call);
   Attention a = call;
   a.row_tile = choose_row_tile(a, threads);
+  a.together = choose_together(a, threads);
   const auto tiles = row_tiles(a);
-  const int64_t count = tiles.size(), state = round_up(state_bytes(a), 64);
+  const int64_t state = state_bytes(a), together = a.together, states = together * state;
+  const int64_t units = tiles.size() / together;  // of `together` tiles each
+  const auto tiles_of = [&](int64_t unit) { return tiles.data() + unit * together; };
 
-  if (count >= threads) {
-    run_dynamically(threads, count, 2 * state + scratch_bytes(a), [&](int64_t i, char* scratch) {
-      char *total = scratch, *part = scratch + state, *rest = scratch + 2 * state;
-      const Chunks chunks = chunks_of(a, tiles[i]);
-      if (chunks.begin == chunks.end) k.empty_state(a, total);
+  if (units >= threads) {
+    run_dynamically(threads, units, 2 * states + scratch_bytes(a), [&](int64_t i, char* scratch) {
+      char *total = scratch, *part = scratch + states, *rest = scratch + 2 * states;
+      const RowTile* unit = tiles_of(i);
+      const Chunks chunks = chunks_of(a, unit[0]);
       for (int64_t c = chunks.begin; c < chunks.end; ++c) {
-        k.forward_chunk(a, tiles[i], c, c == chunks.begin ? total : part, rest);
-        if (c > chunks.begin) k.merge_state(a, tiles[i], total, part);
+        k.forward_chunk(a, unit, together, c, c == chunks.begin ? total : part, rest);
+        for (int64_t t = 0; c > chunks.begin && t < together; ++t)
+          k.merge_state(a, unit[t], total + t * state, part + t * state);
       }
-      k.finish(a, tiles[i], total);
+      for (int64_t t = 0; t < together; ++t) {
+        if (chunks.begin == chunks.end) k.empty_state(a, total + t * state);
+        k.finish(a, unit[t], total + t * state);
+      }
     });
     return;
   }
 
-  // Fewer tiles than threads: chunks in parallel, merged in the same order afterwards.
-  std::vector<std::pair<int64_t, int64_t>> work;  // (tile, chunk)
+  // Fewer units than threads: chunks in parallel, merged in the same order afterwards.
+  std::vector<std::pair<int64_t, int64_t>> work;  // (unit, chunk)
   std::vector<int64_t> first;
-  for (int64_t i = 0; i < count; ++i) {
-    const Chunks chunks = chunks_of(a, tiles[i]);
+  for (int64_t i = 0; i < units; ++i) {
+    const Chunks chunks = chunks_of(a, *tiles_of(i));
     first.push_back(work.size());
     for (int64_t c = chunks.begin; c < chunks.end; ++c) work.push_back({i, c});
   }
   first.push_back(work.size());
-  std::vector<char> memory(work.size() * state + 64);
-  char* states = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+  std::vector<char> memory(work.size() * states + 64);
+  char* parts = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
   run_dynamically(threads, work.size(), scratch_bytes(a), [&](int64_t i, char* scratch) {
-    k.forward_chunk(a, tiles[work[i].first], work[i].second, states + i * state, scratch);
+    k.forward_chunk(a, tiles_of(work[i].first), together, work[i].second, parts + i * states,
+                    scratch);
   });
-  run_dynamically(threads, count, state, [&](int64_t i, char* scratch) {
-    char* total = first[i] < first[i + 1] ? states + first[i] * state : scratch;
+  run_dynamically(threads, tiles.size(), state, [&](int64_t i, char* scratch) {
+    const int64_t unit = i / together, offset = i % together * state;
+    char* total = first[unit] < first[unit + 1] ? parts + first[unit] * states + offset : scratch;
     if (total == scratch) k.empty_state(a, total);
-    for (int64_t part = first[i] + 1; part < first[i + 1]; ++part)
-      k.merge_state(a, tiles[i], total, states + part * state);
+    for (int64_t part = first[unit] + 1; part < first[unit + 1]; ++part)
+      k.merge_state(a, tiles[i], total, parts + part * states + offset);
     k.finish(a, tiles[i], total);
   });
 }

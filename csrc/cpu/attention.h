@@ -60,6 +60,7 @@ struct Attention {
   int64_t batch_size, nheads, nheads_k, headdim, headdim_v;
   int64_t page_size = 0;
   int64_t row_tile = 64;  // rows of a tile in this call, which share what is loaded of K and V
+  int64_t together = 1;   // KV heads whose tiles are computed together
   double softmax_scale, softcap;
   int64_t window_left, window_right, attention_chunk;  // -1, -1, 0: no limit
 
@@ -110,8 +111,8 @@ inline int64_t round_up(int64_t x, int64_t multiple) {
 // output.
 struct Kernels {
   const char* name;
-  void (*forward_chunk)(const Attention& a, const RowTile& t, int64_t chunk, char* state,
-                        char* scratch);
+  void (*forward_chunk)(const Attention& a, const RowTile* tiles, int64_t count, int64_t chunk,
+                        char* states, char* scratch);
   void (*empty_state)(const Attention& a, char* state);
   void (*merge_state)(const Attention& a, const RowTile& t, char* into, const char* from);
   void (*finish)(const Attention& a, const RowTile& t, const char* state);
@@ -120,7 +121,7 @@ struct Kernels {
                         char* scratch);
 };
 
-int64_t state_bytes(const Attention& a);
+int64_t state_bytes(const Attention& a);  // a multiple of 64
 int64_t scratch_bytes(const Attention& a);
 
 const Kernels& kernels();  // the best this machine runs, or the one FA3NPU_CPU_CAPABILITY names

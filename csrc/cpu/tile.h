@@ -1,6 +1,6 @@
 // The attention loop over one tile of query rows, and its gradient. tile_*.cpp compile this file
-// once per instruction set, each in its own namespace; the vectors are the compiler's, 64 bytes
-// wide, which it maps to one, two or four registers.
+// once per instruction set, each in its own namespace; the vectors are the compiler's, as wide as a
+// register.
 //
 // Bits: an element of a product is always summed in the order of its index, a row's softmax never
 // mixes with another row's, and masked keys add exact zeros. So a row's result does not depend on
@@ -12,18 +12,18 @@ template <class T>
 struct Vector;
 template <>
 struct Vector<float> {
-  typedef float type __attribute__((vector_size(64), aligned(4), may_alias));
-  typedef int32_t bits __attribute__((vector_size(64), aligned(4), may_alias));
+  typedef float type __attribute__((vector_size(FA3NPU_BYTES), aligned(4), may_alias));
+  typedef int32_t bits __attribute__((vector_size(FA3NPU_BYTES), aligned(4), may_alias));
 };
 template <>
 struct Vector<double> {
-  typedef double type __attribute__((vector_size(64), aligned(8), may_alias));
-  typedef int64_t bits __attribute__((vector_size(64), aligned(8), may_alias));
+  typedef double type __attribute__((vector_size(FA3NPU_BYTES), aligned(8), may_alias));
+  typedef int64_t bits __attribute__((vector_size(FA3NPU_BYTES), aligned(8), may_alias));
 };
 template <class T>
 using Vec = typename Vector<T>::type;
 template <class T>
-constexpr int64_t kLanes = 64 / sizeof(T);
+constexpr int64_t kLanes = FA3NPU_BYTES / sizeof(T);
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -226,6 +226,43 @@ INLINE float bfloat16_to_float(uint16_t h) {
   return f;
 }
 
+// A vector of T from as many elements of a narrower type.
+struct FromBFloat16 {
+  static constexpr int64_t kBytes = 2;
+  typedef short Narrow __attribute__((vector_size(FA3NPU_BYTES / 2), aligned(2), may_alias));
+  typedef int Wide __attribute__((vector_size(FA3NPU_BYTES)));
+  INLINE static Vec<float> vector(const char* from) {
+    const Narrow x = *reinterpret_cast<const Narrow*>(from);
+#if FA3NPU_SHUFFLES
+    const Wide wide = __builtin_ia32_pmovzxwd512_mask(x, Wide{}, -1) << 16;  // gcc 12 needs three
+#else
+    const Wide wide = __builtin_convertvector(x, Wide) << 16;
+#endif
+    return reinterpret_cast<const Vec<float>&>(wide);
+  }
+};
+struct FromHalf {
+  static constexpr int64_t kBytes = 2;
+  typedef short Narrow __attribute__((vector_size(FA3NPU_BYTES / 2), aligned(2), may_alias));
+  INLINE static Vec<float> vector(const char* from) {
+    const Narrow half = *reinterpret_cast<const Narrow*>(from);
+#if FA3NPU_SHUFFLES
+    typedef float Plain __attribute__((vector_size(FA3NPU_BYTES)));
+    return __builtin_ia32_vcvtph2ps512_mask(half, Plain{}, -1, 4);
+#else
+    Vec<float> x;
+    for (int64_t i = 0; i < kLanes<float>; ++i) x[i] = half_to_float(uint16_t(half[i]));
+    return x;
+#endif
+  }
+};
+struct FromFloat {
+  static constexpr int64_t kBytes = 4;
+  INLINE static Vec<float> vector(const char* from) {
+    return vec(reinterpret_cast<const float*>(from));
+  }
+};
+
 template <class T>
 void load_row(const char* from, ScalarType dtype, int64_t n, T* to) {
   const uint16_t* half = reinterpret_cast<const uint16_t*>(from);
@@ -365,15 +402,43 @@ struct KeyTile {
 
   void load(const Attention& a, const Rows& cache, const Sequence& s, int64_t first, int64_t count,
             int64_t head) {
+    const auto by_row = [&](const char* from, T* to) {
+      load_row(from, cache.dtype, width, to);
+      for (int64_t c = width; c < ld; ++c) to[c] = T(0);
+    };
+    if constexpr (sizeof(T) == 4) {
+      const bool whole = width == ld;
+      if (whole && cache.dtype == ScalarType::BFloat16)
+        return load_rows(a, cache, s, first, count, head, by_vector<FromBFloat16>());
+      if (whole && cache.dtype == ScalarType::Half)
+        return load_rows(a, cache, s, first, count, head, by_vector<FromHalf>());
+      if (whole && cache.dtype == ScalarType::Float)
+        return load_rows(a, cache, s, first, count, head, by_vector<FromFloat>());
+    }
+    load_rows(a, cache, s, first, count, head, by_row);
+  }
+
+  template <class From>
+  auto by_vector() const {
+    return [this](const char* from, T* to) {
+      for (int64_t c = 0; c < ld; c += kLanes<T>)
+        vec(to + c) = From::vector(from + c * From::kBytes);
+    };
+  }
+
+  template <class LoadRow>
+  INLINE void load_rows(const Attention& a, const Rows& cache, const Sequence& s, int64_t first,
+                        int64_t count, int64_t head, const LoadRow& load_row) {
     for (int64_t j = 0; j < kKeyBlock; j += kLanes<T>) {
       T* to = rows ? rows + j * ld : strip;
       for (int64_t i = 0; i < kLanes<T>; ++i) {
         T* row = to + i * ld;
-        const bool there = j + i < count;
-        if (there) load_row(a.key_row(cache, s, first + j + i, head), cache.dtype, width, row);
+        if (j + i < count)
+          load_row(a.key_row(cache, s, first + j + i, head), row);
+        else
+          fill<T>(row, ld, T(0));
         const int64_t later = first + j + i + kKeyBlock;  // rows are too short for the hardware's
         if (later < s.k_len) prefetch(a.key_row(cache, s, later, head), cache.element * width);
-        for (int64_t c = there ? width : 0; c < ld; ++c) row[c] = T(0);
       }
       for (int64_t c = 0; transposed && c < ld; c += kLanes<T>)
         transpose(to + c, ld, transposed + c * kKeyBlock + j, kKeyBlock);
@@ -534,26 +599,34 @@ void softmax_step(const QueryTile<T>& q, int64_t r, int64_t block, T* scores,
   for (int64_t c = 0; c < state.ld; c += kLanes<T>) vec(state.out + r * state.ld + c) *= alpha;
 }
 
+// `count` tiles of one sequence and the same rows, of neighbouring KV heads: block by block, so
+// that the heads of a token, which lie together, are read together.
 template <class T>
-void forward_chunk_(const Attention& a, const RowTile& t, int64_t chunk, char* at, char* scratch) {
+void forward_chunk_(const Attention& a, const RowTile* tiles, int64_t count, int64_t chunk,
+                    char* states, char* scratch) {
   Arena arena{scratch};
-  const QueryTile<T> q(a, t, arena);
+  auto* q = reinterpret_cast<QueryTile<T>*>(arena.take<char>(count * sizeof(QueryTile<T>)));
+  for (int64_t i = 0; i < count; ++i) {
+    new (q + i) QueryTile<T>(a, tiles[i], arena);
+    empty_state_<T>(a, states + i * state_bytes(a));
+  }
   KeyTile<T> k(arena, a.headdim, false, true);
   KeyTile<T> v(arena, a.headdim_v, true, a.qv.data != nullptr);
   T* scores = arena.take<T>(a.row_tile * kKeyBlock);
-  const State<T> state(a, at);
-  empty_state_<T>(a, at);
 
-  const int64_t end = least((chunk + 1) * kChunk, q.s.k_len);
+  const int64_t end = least((chunk + 1) * kChunk, q->s.k_len);
   for (int64_t block = chunk * kChunk; block < end; block += kKeyBlock) {
-    if (!q.sees(block)) continue;
-    const int64_t count = least(kKeyBlock, end - block);
-    k.load(a, a.k, q.s, block, count, t.head_k);
-    v.load(a, a.v, q.s, block, count, t.head_k);
-    q.scores(k, v, scores);
-    for (int64_t r = 0; r < q.rows; ++r) softmax_step(q, r, block, scores, state);
-    product<T>(q.rows, state.ld, count, scores, kKeyBlock, 1, v.rows, v.ld, state.out, state.ld,
-               true, !v.finite());
+    if (!q->sees(block)) continue;
+    const int64_t keys = least(kKeyBlock, end - block);
+    for (int64_t i = 0; i < count; ++i) {
+      const State<T> state(a, states + i * state_bytes(a));
+      k.load(a, a.k, q->s, block, keys, tiles[i].head_k);
+      v.load(a, a.v, q->s, block, keys, tiles[i].head_k);
+      q[i].scores(k, v, scores);
+      for (int64_t r = 0; r < q->rows; ++r) softmax_step(q[i], r, block, scores, state);
+      product<T>(q->rows, state.ld, keys, scores, kKeyBlock, 1, v.rows, v.ld, state.out, state.ld,
+                 true, !v.finite());
+    }
   }
 }
 
@@ -730,9 +803,10 @@ void backward_dkdv_(const Attention& a, int64_t sequence, int64_t head_k, int64_
 
 // ---- the table ----
 
-void forward_chunk(const Attention& a, const RowTile& t, int64_t chunk, char* state,
-                   char* scratch) {
-  (a.is_double() ? forward_chunk_<double> : forward_chunk_<float>)(a, t, chunk, state, scratch);
+void forward_chunk(const Attention& a, const RowTile* tiles, int64_t count, int64_t chunk,
+                   char* states, char* scratch) {
+  (a.is_double() ? forward_chunk_<double> : forward_chunk_<float>)(a, tiles, count, chunk, states,
+                                                                   scratch);
 }
 void empty_state(const Attention& a, char* state) {
   (a.is_double() ? empty_state_<double> : empty_state_<float>)(a, state);

@@ -6,8 +6,9 @@
 namespace fa3npu::avx2 {
 
 #define FA3NPU_NAME "AVX2"
-#define FA3NPU_ROWS 4      // rows and
-#define FA3NPU_VECTORS 1   // vectors of the product's register tile
+#define FA3NPU_BYTES 32    // of a register
+#define FA3NPU_ROWS 6      // rows and
+#define FA3NPU_VECTORS 2   // vectors of the product's register tile
 #define FA3NPU_SHUFFLES 0  // whether shuffles of whole vectors are instructions
 #include "cpu/tile.h"
 

@@ -6,6 +6,7 @@
 namespace fa3npu::avx512 {
 
 #define FA3NPU_NAME "AVX512"
+#define FA3NPU_BYTES 64    // of a register
 #define FA3NPU_ROWS 6      // rows and
 #define FA3NPU_VECTORS 4   // vectors of the product's register tile
 #define FA3NPU_SHUFFLES 1  // whether shuffles of whole vectors are instructions

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -221,6 +225,25 @@ def test_a_host_sync_in_the_path_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(flash_attn_npu, "blind_rows", waits)
     with pytest.raises(RuntimeError), torch.npu.graph(torch.npu.NPUGraph()):
         decoder.step(metadata)
+
+
+def test_making_metadata_makes_the_mask_too() -> None:
+    """In a fresh process: the first call of the kernel is the captured one."""
+    code = """
+import test_npu_capture as t, torch
+decoder = t.Decoder()
+metadata = decoder.made_metadata()
+graph = torch.npu.NPUGraph()
+with torch.npu.graph(graph):
+    out, _ = decoder.step(metadata)
+graph.replay()
+assert not out.cpu().isnan().any()
+"""
+    here = Path(__file__).parent
+    paths = [here, here / "emulator", here / "standin" / "new", here.parent]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    command = [sys.executable, "-c", "import cann_emulator\n" + code]
+    subprocess.run(command, check=True, env=environment, timeout=120)
 
 
 def test_making_metadata_cannot_be_captured_and_says_so() -> None:

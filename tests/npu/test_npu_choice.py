@@ -380,6 +380,20 @@ def test_fp8_is_dequantised() -> None:
     torch.testing.assert_close(out.cpu().double(), want, rtol=2.0**-8, atol=5e-3)
 
 
+@pytest.mark.filterwarnings("error::fa3_ops.FallbackWarning")
+def test_pages_stay_within_their_memory() -> None:
+    """A slice whose last entry ends with the memory: larger pages would reach behind it."""
+    torch.manual_seed(0)
+    call = {"q": rand(2, 3, 4, 64, dtype=HALF), "cache_seqlens": ints(60, 31), "causal": True}
+    caches = {name: rand(2, 64, 2, 64, dtype=HALF)[:, 4:] for name in ("k_cache", "v_cache")}
+    want, want_lse = reference.flash_attn_with_kvcache(**call, **caches)
+    out, lse = fa3_ops.flash_attn_with_kvcache(**to_npu(call | caches), return_softmax_lse=True)
+    assert_close(out, want, HALF)
+    assert_lse(lse, want_lse, HALF)
+    text = str(fa3_ops.explain(fa3_ops.flash_attn_with_kvcache, **to_npu(call | caches)))
+    assert "pages of 4" in text
+
+
 class TestErrors:
     """Bad values are found before anything is written or read, with the CPU's words."""
 

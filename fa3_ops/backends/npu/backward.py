@@ -19,7 +19,6 @@ from fa3_ops.backends.npu.flash_attn_npu import not_supported
 from fa3_ops.backends.npu.lengths import Lengths
 
 WIDTH = 64  # the kernel's head dimensions are multiples of it
-NO_KEY = float("inf")  # softmax_lse of a row without keys, to the kernel
 
 
 @dataclass
@@ -103,7 +102,7 @@ def launch(wanted: Gradients) -> tuple[Tensor, Tensor, Tensor]:
         from_start(F.pad(t, (0, width - t.shape[-1]))) if t.shape[-1] < width else from_start(t)
         for t in (wanted.dout, call.q, call.k, call.v, wanted.out)
     )
-    softmax_lse = from_start(wanted.softmax_lse.masked_fill(wanted.softmax_lse == -NO_KEY, NO_KEY))
+    softmax_lse = from_start(wanted.softmax_lse)  # no row here is without keys: +inf to the kernel
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     left, right = (-1, -1) if call.causal else call.window_size
     found.module.bwd(

@@ -224,8 +224,8 @@ def token_table(call: Attention, strides: list[int]) -> Tensor:
     device = call.k.device
     if call.cu_seqlens_k is not None:
         j = torch.arange(max(call.max_seqlen_k or 0, 1), dtype=torch.int32, device=device)
-        j = (call.cu_seqlens_k[:-1, None] + j).clamp_(max=call.k.shape[0] - 1)
-        return (j * strides[0]).int()
+        # Packed keys are activations, contiguous by now.
+        return (call.cu_seqlens_k[:-1, None] + j).clamp_(max=call.k.shape[0] - 1)
     entries = entry_of_sequence(call)
     rows = call.k.shape[1]
     per_table = 1 if call.page_table is None else entries.shape[1]

@@ -349,22 +349,23 @@ INLINE void swap_quarters(Vec<T>* x) {
 }
 #endif
 
-template <class T>
-INLINE void transpose(const T* from, int64_t ld, T* to, int64_t ld_to) {
+// Rows load(0), load(1), ... become the columns of `to`.
+template <class T, class Load>
+INLINE void transpose(const Load& load, T* to, int64_t ld) {
   constexpr int L = kLanes<T>;
-#if FA3NPU_SHUFFLES
   Vec<T> x[L];
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) x[i] = vec(from + i * ld);
+  for (int i = 0; i < L; ++i) x[i] = load(i);
+#if FA3NPU_SHUFFLES
   if constexpr (L == 16) swap_quarters<T, 8>(x);
   swap_quarters<T, 4>(x);
   swap_quarters<T, 2>(x);
   swap_quarters<T, 1>(x);
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) vec(to + i * ld_to) = x[i];
+  for (int i = 0; i < L; ++i) vec(to + i * ld) = x[i];
 #else
   for (int i = 0; i < L; ++i)
-    for (int j = 0; j < L; ++j) to[j * ld_to + i] = from[i * ld + j];
+    for (int j = 0; j < L; ++j) to[j * ld + i] = x[i][j];
 #endif
 }
 
@@ -409,21 +410,23 @@ struct KeyTile {
     if constexpr (sizeof(T) == 4) {
       const bool whole = width == ld;
       if (whole && cache.dtype == ScalarType::BFloat16)
-        return load_rows(a, cache, s, first, count, head, by_vector<FromBFloat16>());
+        return load_as<FromBFloat16>(a, cache, s, first, count, head);
       if (whole && cache.dtype == ScalarType::Half)
-        return load_rows(a, cache, s, first, count, head, by_vector<FromHalf>());
+        return load_as<FromHalf>(a, cache, s, first, count, head);
       if (whole && cache.dtype == ScalarType::Float)
-        return load_rows(a, cache, s, first, count, head, by_vector<FromFloat>());
+        return load_as<FromFloat>(a, cache, s, first, count, head);
     }
     load_rows(a, cache, s, first, count, head, by_row);
   }
 
   template <class From>
-  auto by_vector() const {
-    return [this](const char* from, T* to) {
+  void load_as(const Attention& a, const Rows& cache, const Sequence& s, int64_t first,
+               int64_t count, int64_t head) {
+    if (!rows) return load_transposed<From>(a, cache, s, first, count, head);
+    load_rows(a, cache, s, first, count, head, [this](const char* from, T* to) {
       for (int64_t c = 0; c < ld; c += kLanes<T>)
         vec(to + c) = From::vector(from + c * From::kBytes);
-    };
+    });
   }
 
   template <class LoadRow>
@@ -441,7 +444,26 @@ struct KeyTile {
         if (later < s.k_len) prefetch(a.key_row(cache, s, later, head), cache.element * width);
       }
       for (int64_t c = 0; transposed && c < ld; c += kLanes<T>)
-        transpose(to + c, ld, transposed + c * kKeyBlock + j, kKeyBlock);
+        transpose<T>([&](int64_t i) { return vec(to + i * ld + c); },
+                     transposed + c * kKeyBlock + j, kKeyBlock);
+    }
+  }
+
+  // Without the detour over `strip`.
+  template <class From>
+  void load_transposed(const Attention& a, const Rows& cache, const Sequence& s, int64_t first,
+                       int64_t count, int64_t head) {
+    static const char zeros[kMaxHeadDim * 4] = {};
+    for (int64_t j = 0; j < kKeyBlock; j += kLanes<T>) {
+      const char* from[kLanes<T>];
+      for (int64_t i = 0; i < kLanes<T>; ++i) {
+        from[i] = j + i < count ? a.key_row(cache, s, first + j + i, head) : zeros;
+        const int64_t later = first + j + i + kKeyBlock;
+        if (later < s.k_len) prefetch(a.key_row(cache, s, later, head), cache.element * width);
+      }
+      for (int64_t c = 0; c < ld; c += kLanes<T>)
+        transpose<T>([&](int64_t i) { return From::vector(from[i] + c * From::kBytes); },
+                     transposed + c * kKeyBlock + j, kKeyBlock);
     }
   }
 

@@ -1,10 +1,13 @@
 """Checks of what users pass, from shapes, dtypes and devices: no tensor is read unless it is a
-small CPU tensor in eager mode. The kernel checks what else depends on values (see errors.py)."""
+small CPU tensor in eager mode. The kernel checks what else depends on values (see errors.py).
+
+Every call pays for these, and the shortest call takes some 15 microseconds: what only words an
+error is made once there is one."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,25 +16,30 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, tor
 MAX_HEADDIM = 512
 
 
+def wrong_shape(t: Tensor, expected: Sequence[object], name: str) -> ValueError:
+    wanted = ", ".join(map(str, expected)) + ("," if len(expected) == 1 else "")
+    return ValueError(f"{name} must have shape ({wanted}), got {tuple(t.shape)}")
+
+
 def shape(t: Tensor, expected: Sequence[object], name: str) -> None:
     """Raises ValueError unless t has the expected shape; a string in it names a free dimension."""
-    if t.dim() == len(expected) and all(
-        isinstance(want, str) or got == want for got, want in zip(t.shape, expected, strict=True)
+    if t.dim() != len(expected) or any(
+        not isinstance(want, str) and got != want
+        for got, want in zip(t.shape, expected, strict=True)
     ):
-        return
-    wanted = ", ".join(map(str, expected)) + ("," if len(expected) == 1 else "")
-    raise ValueError(f"{name} must have shape ({wanted}), got {tuple(t.shape)}")
+        raise wrong_shape(t, expected, name)
 
 
 def dtype(t: Tensor, expected: torch.dtype, name: str, why: str = "") -> None:
-    if t.dtype != expected:
+    if t.dtype is not expected:
         raise TypeError(f"{name} must have dtype {expected}{why}, got {t.dtype}")
 
 
 def contiguous_rows(t: Tensor, name: str) -> None:
     """What is written in place cannot be copied first."""
-    if t.stride(-1) != 1 and t.shape[-1] != 1:
-        raise ValueError(f"{name} must have a contiguous last dimension, got stride {t.stride(-1)}")
+    stride = t.stride()[-1]
+    if stride != 1 and t.shape[-1] != 1:
+        raise ValueError(f"{name} must have a contiguous last dimension, got stride {stride}")
 
 
 def lengths(t: Tensor | None, size: object, name: str) -> None:
@@ -39,7 +47,9 @@ def lengths(t: Tensor | None, size: object, name: str) -> None:
     if t is None:
         return
     dtype(t, torch.int32, name)
-    shape(t, (size,), name)
+    sizes = t.shape
+    if len(sizes) != 1 or (not isinstance(size, str) and sizes[0] != size):
+        raise wrong_shape(t, (size,), name)
 
 
 def values(t: Tensor | None) -> list[int] | None:
@@ -68,10 +78,11 @@ def offsets(t: Tensor | None, total: int, name: str) -> None:
         )
 
 
-def same_device(q: Tensor, **others: Tensor | None) -> None:
+def same_device(q: Tensor, others: Mapping[str, Tensor | None]) -> None:
+    device = q.device
     for name, t in others.items():
-        if t is not None and t.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}, got {t.device}")
+        if t is not None and t.device != device:
+            raise ValueError(f"{name} must be on the device of q, {device}, got {t.device}")
 
 
 def softmax(
@@ -118,59 +129,76 @@ def attention(
     out: Tensor | None = None,
 ) -> int:
     """What every attention operator asks of its arguments; returns the batch size."""
-    if q.dtype not in DTYPES:
+    q_dtype = q.dtype
+    if q_dtype not in DTYPES:
         names = ", ".join(str(d) for d in DTYPES)
-        raise TypeError(f"q must have one of the dtypes {names}, got {q.dtype}")
-    dtype(k, q.dtype, k_name, " like q")
-    dtype(v, q.dtype, v_name, " like q")
+        raise TypeError(f"q must have one of the dtypes {names}, got {q_dtype}")
+    dtype(k, q_dtype, k_name, " like q")
+    dtype(v, q_dtype, v_name, " like q")
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
 
     if cu_seqlens_q is None:
-        shape(q, ("batch_size", "seqlen_q", "nheads", "headdim"), "q")
-        batch_size = q.shape[0]
+        if len(q_shape) != 4:
+            raise wrong_shape(q, ("batch_size", "seqlen_q", "nheads", "headdim"), "q")
+        batch_size = q_shape[0]
     else:
-        shape(q, ("total_q", "nheads", "headdim"), "q")
+        if len(q_shape) != 3:
+            raise wrong_shape(q, ("total_q", "nheads", "headdim"), "q")
         lengths(cu_seqlens_q, "batch_size + 1", "cu_seqlens_q")
         if max_seqlen_q is None:
             raise ValueError("max_seqlen_q must be given with cu_seqlens_q, got None")
         batch_size = cu_seqlens_q.shape[0] - 1
-    nheads, headdim = q.shape[-2], q.shape[-1]
+    nheads, headdim = q_shape[-2], q_shape[-1]
 
     if cu_seqlens_k is not None:
         if page_table is not None:
             raise ValueError("page_table must be None when cu_seqlens_k is given, got a tensor")
         if max_seqlen_k is None:
             raise ValueError("max_seqlen_k must be given with cu_seqlens_k, got None")
-        shape(k, ("total_k", "nheads_k", headdim), k_name)
-        shape(v, (k.shape[0], k.shape[1], "headdim_v"), v_name)
+        if len(k_shape) != 3 or k_shape[2] != headdim:
+            raise wrong_shape(k, ("total_k", "nheads_k", headdim), k_name)
+        if len(v_shape) != 3 or v_shape[0] != k_shape[0] or v_shape[1] != k_shape[1]:
+            raise wrong_shape(v, (k_shape[0], k_shape[1], "headdim_v"), v_name)
         lengths(cu_seqlens_k, batch_size + 1, "cu_seqlens_k")
-    elif page_table is not None:
-        shape(k, ("num_pages", "page_size", "nheads_k", headdim), k_name)
-        dtype(page_table, torch.int32, "page_table")
-        rows = batch_size if cache_batch_idx is None else "batch_size_cache"
-        shape(page_table, (rows, "max_num_pages_per_seq"), "page_table")
-        shape(v, (*k.shape[:3], "headdim_v"), v_name)
     else:
         rows = batch_size if cache_batch_idx is None else "batch_size_cache"
-        shape(k, (rows, "seqlen_k", "nheads_k", headdim), k_name)
-        shape(v, (*k.shape[:3], "headdim_v"), v_name)
-    nheads_k, headdim_v = k.shape[-2], v.shape[-1]
+        if page_table is not None:
+            if len(k_shape) != 4 or k_shape[3] != headdim:
+                raise wrong_shape(k, ("num_pages", "page_size", "nheads_k", headdim), k_name)
+            dtype(page_table, torch.int32, "page_table")
+            shape(page_table, (rows, "max_num_pages_per_seq"), "page_table")
+        elif (
+            len(k_shape) != 4
+            or k_shape[3] != headdim
+            or (cache_batch_idx is None and k_shape[0] != batch_size)
+        ):
+            raise wrong_shape(k, (rows, "seqlen_k", "nheads_k", headdim), k_name)
+        if (
+            len(v_shape) != 4
+            or v_shape[0] != k_shape[0]
+            or v_shape[1] != k_shape[1]
+            or v_shape[2] != k_shape[2]
+        ):
+            raise wrong_shape(v, (*k_shape[:3], "headdim_v"), v_name)
+    nheads_k, headdim_v = k_shape[-2], v_shape[-1]
 
     if nheads_k == 0 or nheads % nheads_k != 0:
         raise ValueError(
             f"nheads of q must be a multiple of nheads_k of {k_name}, got {nheads} and {nheads_k}"
         )
-    for name, d in (("headdim", headdim), ("headdim_v", headdim_v)):
-        if not 1 <= d <= MAX_HEADDIM:
-            raise ValueError(f"{name} must be in [1, {MAX_HEADDIM}], got {d}")
+    if not 1 <= headdim <= MAX_HEADDIM:
+        raise ValueError(f"headdim must be in [1, {MAX_HEADDIM}], got {headdim}")
+    if not 1 <= headdim_v <= MAX_HEADDIM:
+        raise ValueError(f"headdim_v must be in [1, {MAX_HEADDIM}], got {headdim_v}")
     if qv is not None:
-        shape(qv, (*q.shape[:-1], headdim_v), "qv")
-        dtype(qv, q.dtype, "qv", " like q")
+        shape(qv, (*q_shape[:-1], headdim_v), "qv")
+        dtype(qv, q_dtype, "qv", " like q")
 
     lengths(seqused_q, batch_size, "seqused_q")
     lengths(seqused_k, batch_size, seqused_k_name)
     lengths(cache_batch_idx, batch_size, "cache_batch_idx")
     lengths(cache_leftpad, batch_size, "cache_leftpad")
-    if q.dtype == torch.float8_e4m3fn:
+    if q_dtype is torch.float8_e4m3fn:
         for name, t in (
             ("q_descale", q_descale),
             ("k_descale", k_descale),
@@ -179,7 +207,7 @@ def attention(
             if t is not None:
                 dtype(t, torch.float32, name)
                 shape(t, (batch_size, nheads_k), name)
-                same_device(q, **{name: t})
+                same_device(q, {name: t})
     if alibi_slopes is not None:
         per_batch = (batch_size, nheads) if alibi_slopes.dim() == 2 else (nheads,)
         shape(alibi_slopes, per_batch, "alibi_slopes")
@@ -189,9 +217,9 @@ def attention(
         if not sinks.is_floating_point():
             raise TypeError(f"sinks must have a floating-point dtype, got {sinks.dtype}")
     if out is not None:
-        shape(out, (*q.shape[:-1], headdim_v), "out")
-        fp8 = q.dtype == torch.float8_e4m3fn
-        dtype(out, torch.bfloat16 if fp8 else q.dtype, "out")
+        shape(out, (*q_shape[:-1], headdim_v), "out")
+        fp8 = q_dtype is torch.float8_e4m3fn
+        dtype(out, torch.bfloat16 if fp8 else q_dtype, "out")
         contiguous_rows(out, "out")
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise ValueError("out must be None where a gradient is needed, got a tensor")
@@ -214,7 +242,7 @@ def attention(
         "sinks": sinks,
         "out": out,
     }
-    same_device(q, **others)
+    same_device(q, others)
     return batch_size
 
 
@@ -275,15 +303,15 @@ def append(
                 f"rotary_dim must be at most headdim, {headdim}, got {rotary_cos.shape[1] * 2}"
             )
     lengths(rotary_seqlens, batch_size, "rotary_seqlens")
-    same_device(
-        q,
-        k=k,
-        v=v,
-        cu_seqlens_k_new=cu_seqlens_k_new,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        rotary_seqlens=rotary_seqlens,
-    )
+    others = {
+        "k": k,
+        "v": v,
+        "cu_seqlens_k_new": cu_seqlens_k_new,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "rotary_seqlens": rotary_seqlens,
+    }
+    same_device(q, others)
     # The append checks the rest before it writes; these two are read after it, by the attention.
     offsets(cu_seqlens_q, q.shape[0], "cu_seqlens_q")
     pads, seqlens = values(cache_leftpad), values(cache_seqlens)

@@ -156,13 +156,11 @@ def _append(
     )
 
 
-@as_value_errors
 def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    out, softmax_lse = ops.flash_attn_kvcache(*_append(*args, **kwargs))
+    out, softmax_lse = ops.flash_attn_kvcache.default(*_append(*args, **kwargs))
     return out, softmax_lse
 
 
-@as_value_errors
 def flash_attn_with_kvcache_out(*args: Any, out: Tensor, **kwargs: Any) -> Tensor:
     arguments = _append(*args, **(kwargs | {"out": out}))
     softmax_lse: Tensor = ops.flash_attn_kvcache.out(*arguments, out=out)
@@ -174,4 +172,4 @@ for _name, _body in (
     ("flash_attn_with_kvcache", flash_attn_with_kvcache),
     ("flash_attn_with_kvcache.out", flash_attn_with_kvcache_out),
 ):
-    _library.impl(_name, _body, "CompositeImplicitAutograd")
+    _library.impl(_name, as_value_errors(_body), "CompositeImplicitAutograd")

@@ -23,7 +23,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fa3_ops import checks
+from fa3_ops import checks, composite, direct
 from fa3_ops.autocast import cast_training
 from fa3_ops.errors import as_value_errors
 
@@ -34,15 +34,15 @@ Window: TypeAlias = Sequence[int] | Tensor
 
 def _window(window_size: Window) -> tuple[int, ...]:
     """A tuple, list or tensor as the tuple that the operators take."""
-    return tuple(int(side) for side in window_size)
+    return tuple(map(int, window_size))
 
 
-def _one_of(**names: Tensor | None) -> Tensor | None:
-    """The value of an argument that has several names."""
+def _one_of(**names: Tensor | None) -> Tensor:
+    """The value of an argument that was given by another of its names."""
     given = {name: value for name, value in names.items() if value is not None}
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} are the same argument: give one of them, got both")
-    return next(iter(given.values()), None)
+    return next(iter(given.values()))
 
 
 @as_value_errors
@@ -98,7 +98,8 @@ def flash_attn_func(
         softmax_lse: (batch_size, nheads, seqlen_q) float32, natural log, the sink included; -inf
             where a row sees no key.
     """
-    sinks = _one_of(sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
+    if s_aux is not None or learnable_sink is not None:
+        sinks = _one_of(sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
     window = _window(window_size)
     q, k, v, qv = cast_training(q, k, v, qv)
     checks.attention(
@@ -117,26 +118,12 @@ def flash_attn_func(
         alibi_slopes=alibi_slopes,
         sinks=sinks,
     )
-    out, softmax_lse = ops.flash_attn_func(
-        q,
-        k,
-        v,
-        softmax_scale,
-        causal,
-        qv,
-        q_descale,
-        k_descale,
-        v_descale,
-        window,
-        attention_chunk,
-        softcap,
-        num_splits,
-        pack_gqa,
-        deterministic,
-        sm_margin,
-        alibi_slopes,
-        sinks,
+    arguments = (
+        *(q, k, v, softmax_scale, causal, qv, q_descale, k_descale, v_descale, window),
+        *(attention_chunk, softcap, num_splits, pack_gqa, deterministic, sm_margin),
+        *(alibi_slopes, sinks),
     )
+    out, softmax_lse = direct.call(ops.flash_attn_func, ops.flash_attn_func.default, arguments)
     return (out, softmax_lse) if return_attn_probs else out
 
 
@@ -194,8 +181,10 @@ def flash_attn_varlen_func(
         out: (total_q, nheads, headdim_v).
         softmax_lse: (nheads, total_q) float32; with return_attn_probs.
     """
-    sinks = _one_of(sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
-    page_table = _one_of(page_table=page_table, block_table=block_table)
+    if s_aux is not None or learnable_sink is not None:
+        sinks = _one_of(sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
+    if block_table is not None:
+        page_table = _one_of(page_table=page_table, block_table=block_table)
     window = _window(window_size)
     if page_table is None:
         q, k, v, qv = cast_training(q, k, v, qv)
@@ -261,7 +250,7 @@ def flash_attn_varlen_func(
             *(softcap, num_splits, pack_gqa, deterministic, sm_margin, alibi_slopes, sinks),
         )
     if out is None:
-        out, softmax_lse = op(*arguments)
+        out, softmax_lse = direct.call(op, op.default, arguments)
     else:
         softmax_lse = op.out(*arguments, out=out)
     return (out, softmax_lse) if return_attn_probs else out
@@ -387,8 +376,10 @@ def flash_attn_with_kvcache(
         softmax_lse: (batch_size, nheads, seqlen_q), or (nheads, total_q) for packed q; with
             return_softmax_lse.
     """
-    page_table = _one_of(page_table=page_table, block_table=block_table)
-    sinks = _one_of(sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
+    if block_table is not None:
+        page_table = _one_of(page_table=page_table, block_table=block_table)
+    if s_aux is not None or learnable_sink is not None:
+        sinks = _one_of(sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
     if isinstance(cache_seqlens, int):
         batch = q.shape[:1] if cu_seqlens_q is None else (cu_seqlens_q.shape[0] - 1,)
         cache_seqlens = torch.full(batch, cache_seqlens, dtype=torch.int32, device=k_cache.device)
@@ -399,10 +390,14 @@ def flash_attn_with_kvcache(
         *(attention_chunk, softcap, rotary_interleaved, scheduler_metadata, num_splits, pack_gqa),
         *(sm_margin, alibi_slopes, sinks),
     )
+    op = ops.flash_attn_with_kvcache
+    # An append goes through the operator, whose schema is checked before anything is written.
     if out is None:
-        out, softmax_lse = ops.flash_attn_with_kvcache(*arguments)
+        fresh = composite.flash_attn_with_kvcache if k is None else op.default
+        out, softmax_lse = direct.call(op, fresh, arguments)
     else:
-        softmax_lse = ops.flash_attn_with_kvcache.out(*arguments, out=out)
+        into = composite.flash_attn_with_kvcache_out if k is None else op.out
+        softmax_lse = direct.call(op.out, into, arguments, out=out)
     return (out, softmax_lse) if return_softmax_lse else out
 
 
@@ -431,7 +426,7 @@ def flash_attn_combine(
     checks.shape(lse_partial, tuple(out_partial.shape[:-1]), "lse_partial")
     checks.dtype(out_partial, torch.float32, "out_partial")
     checks.dtype(lse_partial, torch.float32, "lse_partial")
-    checks.same_device(out_partial, lse_partial=lse_partial)
+    checks.same_device(out_partial, {"lse_partial": lse_partial})
     if out_dtype is None and out is not None:
         out_dtype = out.dtype
     if out_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):

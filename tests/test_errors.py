@@ -72,6 +72,10 @@ class TestMessages(TestCase):
             "batch": dense(k=rand(3, 5, 2, 16)),
             "headdim": dense(k=rand(2, 5, 2, 8)),
             "v": dense(v=rand(2, 4, 2, 16)),
+            "v of another batch": dense(v=rand(3, 5, 2, 16)),
+            "v of other heads": dense(v=rand(2, 5, 1, 16)),
+            "rank of k": dense(k=rand(5, 2, 16)),
+            "rank of v": dense(v=rand(2, 5, 2)),
             "heads": dense(k=rand(2, 5, 3, 16), v=rand(2, 5, 3, 16)),
             "no heads": dense(k=rand(2, 5, 0, 16), v=rand(2, 5, 0, 16)),
             "large headdim": dense(q=rand(2, 3, 4, 513), k=rand(2, 5, 2, 513)),
@@ -105,6 +109,10 @@ rank: q must have shape (batch_size, seqlen_q, nheads, headdim), got (3, 4, 16)
 batch: k must have shape (2, seqlen_k, nheads_k, 16), got (3, 5, 2, 16)
 headdim: k must have shape (2, seqlen_k, nheads_k, 16), got (2, 5, 2, 8)
 v: v must have shape (2, 5, 2, headdim_v), got (2, 4, 2, 16)
+v of another batch: v must have shape (2, 5, 2, headdim_v), got (3, 5, 2, 16)
+v of other heads: v must have shape (2, 5, 2, headdim_v), got (2, 5, 1, 16)
+rank of k: k must have shape (2, seqlen_k, nheads_k, 16), got (5, 2, 16)
+rank of v: v must have shape (2, 5, 2, headdim_v), got (2, 5, 2)
 heads: nheads of q must be a multiple of nheads_k of k, got 4 and 3
 no heads: nheads of q must be a multiple of nheads_k of k, got 4 and 0
 large headdim: headdim must be in [1, 512], got 513
@@ -130,6 +138,12 @@ descale: q_descale must have shape (2, 2), got (2, 4)""",
             "no max_seqlen_q": varlen(max_seqlen_q=None),
             "no max_seqlen_k": varlen(max_seqlen_k=None),
             "rank": varlen(q=rand(1, 7, 4, 16)),
+            "rank of k": varlen(k=rand(9, 2, 16, 1)),
+            "headdim": varlen(k=rand(9, 2, 8)),
+            "rank of v": varlen(v=rand(9, 2)),
+            "v": varlen(v=rand(8, 2, 16)),
+            "v of other heads": varlen(v=rand(9, 1, 16)),
+            "rank of cu_seqlens_q": varlen(cu_seqlens_q=ints(0, 3, 7)[None]),
             "cu_seqlens_k of another batch": varlen(cu_seqlens_k=ints(0, 9)),
             "falling": varlen(cu_seqlens_q=ints(0, 5, 3)),
             "negative": varlen(cu_seqlens_k=ints(-1, 3, 9)),
@@ -150,6 +164,12 @@ dtype of seqused_k: seqused_k must have dtype torch.int32, got torch.int64
 no max_seqlen_q: max_seqlen_q must be given with cu_seqlens_q, got None
 no max_seqlen_k: max_seqlen_k must be given with cu_seqlens_k, got None
 rank: q must have shape (total_q, nheads, headdim), got (1, 7, 4, 16)
+rank of k: k must have shape (total_k, nheads_k, 16), got (9, 2, 16, 1)
+headdim: k must have shape (total_k, nheads_k, 16), got (9, 2, 8)
+rank of v: v must have shape (9, 2, headdim_v), got (9, 2)
+v: v must have shape (9, 2, headdim_v), got (8, 2, 16)
+v of other heads: v must have shape (9, 2, headdim_v), got (9, 1, 16)
+rank of cu_seqlens_q: cu_seqlens_q must have shape (batch_size + 1,), got (1, 3)
 cu_seqlens_k of another batch: cu_seqlens_k must have shape (3,), got (2,)
 falling: cu_seqlens_q must not fall, got 5 followed by 3 at index 1
 negative: cu_seqlens_k[0] must not be negative, got -1
@@ -171,6 +191,9 @@ out with gradients: out must be None where a gradient is needed, got a tensor"""
             "negative length": cached(cache_seqlens=ints(-1, 2)),
             "int length": cached(cache_seqlens=9),
             "leftpad": cached(cache_leftpad=ints(0, 3)),
+            "pages of another headdim": paged(k_cache=rand(6, 4, 2, 8)),
+            "rank of pages": paged(k_cache=rand(6, 8, 16)),
+            "v of other pages": paged(v_cache=rand(5, 4, 2, 16)),
             "batch of the cache": cached(k_cache=rand(3, 8, 2, 16), v_cache=rand(3, 8, 2, 16)),
             "cache_batch_idx": cached(cache_batch_idx=ints(0, 2)),
             "negative cache_batch_idx": cached(cache_batch_idx=ints(0, -1)),
@@ -190,6 +213,9 @@ length past the cache: cache_seqlens[1] must be in [0, 8], got 9
 negative length: cache_seqlens[0] must be in [0, 8], got -1
 int length: cache_seqlens[0] must be in [0, 8], got 9
 leftpad: cache_leftpad[1] must be in [0, 2], got 3
+pages of another headdim: k_cache must have shape (num_pages, page_size, nheads_k, 16), got (6, 4, 2, 8)
+rank of pages: k_cache must have shape (num_pages, page_size, nheads_k, 16), got (6, 8, 16)
+v of other pages: v_cache must have shape (6, 4, 2, headdim_v), got (5, 4, 2, 16)
 batch of the cache: k_cache must have shape (2, seqlen_k, nheads_k, 16), got (3, 8, 2, 16)
 cache_batch_idx: cache_batch_idx[1] must be in [0, 2), got 2
 negative cache_batch_idx: cache_batch_idx[1] must be in [0, 2), got -1

@@ -1,0 +1,68 @@
+"""The short way from the interface to a kernel.
+
+PyTorch's dispatcher takes some 7 microseconds to hand 30 arguments to a composite body in Python,
+and as many again to ask an autograd kernel in Python, which finds that no gradient is wanted:
+together as much as the shortest attention. A call that only the kernel would see takes neither way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_TYPES = {
+    "Tensor": _TENSORS,
+    "Optional[Tensor]": _TENSORS | {type(None)},
+    "int": frozenset({int}),
+    "Optional[int]": frozenset({int, type(None)}),
+    "float": frozenset({float, int}),
+    "Optional[float]": frozenset({float, int, type(None)}),
+    "bool": frozenset({bool}),
+    "Optional[bool]": frozenset({bool, type(None)}),
+    "List[int]": frozenset({tuple}),
+}
+# What a thread includes in every dispatch, outside and inside torch.inference_mode. Dispatch modes,
+# fake tensors, tracers and the transforms of torch.func add a key of their own.
+_BACKEND_SELECT = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+_BARE = frozenset(
+    keys.raw_repr()
+    for keys in (
+        _BACKEND_SELECT,
+        _BACKEND_SELECT | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView),
+    )
+)
+
+
+@functools.lru_cache
+def _as_declared(op: Any, types: tuple[type, ...]) -> bool:
+    """Whether arguments have the types of the schema: no subclass, symbol or mistake."""
+    schema = getattr(op, "default", op)._schema
+    declared = [str(argument.type) for argument in schema.arguments]
+    return all(t in _TYPES[want] for t, want in zip(types, declared, strict=True))
+
+
+def only_the_kernel_sees(op: Any, arguments: tuple[object, ...]) -> bool:
+    """Whether nothing between caller and kernel traces, watches, casts or differentiates."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._dispatch_tls_local_include_set().raw_repr() in _BARE
+        and not torch._C._is_torch_function_mode_enabled()
+        and not torch._C._is_any_autocast_enabled()
+        and _as_declared(op, tuple(map(type, arguments)))
+        and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments))
+    )
+
+
+def call(
+    op: Any, shortcut: Callable[..., Any], arguments: tuple[object, ...], **out: Tensor
+) -> Any:
+    """op(*arguments, **out), or shortcut(*arguments, **out), what it comes to in the end."""
+    if not only_the_kernel_sees(op, (*arguments, *out.values()) if out else arguments):
+        return op(*arguments, **out)
+    with torch._C._AutoDispatchBelowAutograd():
+        return shortcut(*arguments, **out)

@@ -1,0 +1,326 @@
+"""The short way to a kernel: taken only where nobody would see the difference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from sample_inputs import ints, rand
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fa3_ops
+from fa3_ops import direct
+
+ops = torch.ops.fa3npu
+
+
+def decode(**changes: Any) -> dict[str, Any]:
+    call = {"q": rand(2, 1, 4, 16), "k_cache": rand(2, 8, 2, 16), "v_cache": rand(2, 8, 2, 16)}
+    return call | {"cache_seqlens": ints(5, 2), "causal": True} | changes
+
+
+def dense(**changes: Any) -> dict[str, Any]:
+    return {"q": rand(2, 3, 4, 16), "k": rand(2, 5, 2, 16), "v": rand(2, 5, 2, 16)} | changes
+
+
+def varlen(**changes: Any) -> dict[str, Any]:
+    call = {"q": rand(7, 4, 16), "k": rand(9, 2, 16), "v": rand(9, 2, 16)}
+    lengths = {"cu_seqlens_q": ints(0, 3, 7), "cu_seqlens_k": ints(0, 4, 9)}
+    return call | lengths | {"max_seqlen_q": 4, "max_seqlen_k": 5} | changes
+
+
+def appending(**changes: Any) -> dict[str, Any]:
+    return decode(k=rand(2, 1, 2, 16), v=rand(2, 1, 2, 16)) | changes
+
+
+def paged_varlen() -> dict[str, Any]:
+    cache = {"k": rand(4, 4, 2, 16), "v": rand(4, 4, 2, 16), "seqused_k": ints(5, 2)}
+    pages = {"block_table": ints(0, 3, 2, 1).view(2, 2), "cu_seqlens_k": None}
+    return varlen(**cache, **pages)
+
+
+# A function, its inputs, the operator that it calls.
+CALLS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]], str]] = {
+    "decode": (fa3_ops.flash_attn_with_kvcache, decode, "flash_attn_with_kvcache"),
+    "out": (
+        fa3_ops.flash_attn_with_kvcache,
+        lambda: decode(out=torch.empty(2, 1, 4, 16)),
+        "flash_attn_with_kvcache.out",
+    ),
+    "append": (fa3_ops.flash_attn_with_kvcache, appending, "flash_attn_with_kvcache"),
+    "dense": (fa3_ops.flash_attn_func, dense, "flash_attn_func"),
+    "varlen": (fa3_ops.flash_attn_varlen_func, varlen, "flash_attn_varlen_func"),
+    "paged varlen": (fa3_ops.flash_attn_varlen_func, paged_varlen, "flash_attn_kvcache"),
+}
+every_call = pytest.mark.parametrize(("function", "inputs", "op"), CALLS.values(), ids=CALLS.keys())
+
+
+# flash_attn_func's arguments after q, k and v.
+DEFAULTS = (None, False, *(None,) * 4, (-1, -1), 0, 0.0, 1, None, False, 0, None, None)
+
+
+class Subclass(Tensor):
+    pass
+
+
+class FunctionMode(TorchFunctionMode):
+    """Lists our operators that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if "fa3npu" in str(function):
+            self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class DispatchMode(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function.namespace == "fa3npu":
+            self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def ways(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
+    """Whether each call inside took the short way."""
+    taken: list[bool] = []
+    ask = direct.only_the_kernel_sees
+
+    def spy(*arguments: Any) -> bool:
+        taken.append(ask(*arguments))
+        return taken[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(direct, "only_the_kernel_sees", spy)
+        yield taken
+
+
+@every_call
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_plain_calls_take_it(
+    function: Any, inputs: Any, op: str, mode: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ways(monkeypatch) as taken, mode():
+        function(**inputs())
+        function(**inputs(), softcap=1, softmax_scale=0.25, window_size=[3, 0], num_splits=2)
+        call = inputs()
+        function(**call | {"q": torch.nn.Parameter(call["q"], requires_grad=False)})
+    assert taken == [True] * 3
+
+
+def test_gradients_that_nobody_records_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ways(monkeypatch) as taken, torch.no_grad():
+        out = fa3_ops.flash_attn_func(**dense(q=rand(2, 3, 4, 16, grad=True)))
+    assert taken == [True]
+    assert isinstance(out, Tensor)
+    assert not out.requires_grad
+
+
+@every_call
+@pytest.mark.parametrize(
+    "context",
+    [
+        FunctionMode,
+        DispatchMode,
+        partial(FakeTensorMode, allow_non_fake_inputs=True),
+        partial(torch.autocast, "cpu", torch.bfloat16),
+    ],
+    ids=["function mode", "dispatch mode", "fake", "autocast"],
+)
+def test_not_where_a_mode_watches(
+    function: Any, inputs: Any, op: str, context: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = inputs()
+    if "autocast" in str(context):  # which casts neither a cache nor out
+        kept = ("k_cache", "v_cache", "out")
+        call = {name: x.bfloat16() if name in kept else x for name, x in call.items()}
+    with ways(monkeypatch) as taken, context():
+        function(**call)
+    assert taken == [False]
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [
+        lambda f, x: make_fx(f)(x),
+        lambda f, x: make_fx(f, pre_dispatch=True)(x),
+        lambda f, x: make_fx(f, tracing_mode="symbolic")(x),
+        lambda f, x: torch.jit.trace(f, x, check_trace=False),
+        lambda f, x: torch.func.grad(lambda y: (f(y.detach()) + y).sum())(x),
+        lambda f, x: torch.func.vmap(f)(x[None]),
+        lambda f, x: torch.func.functionalize(f)(x),
+        lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    ],
+    ids=[
+        "make_fx",
+        "pre_dispatch",
+        "symbolic",
+        "jit.trace",
+        "grad",
+        "vmap",
+        "functionalize",
+        "jvp",
+    ],
+)
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*", "ignore:.*batching rule.*"
+)
+def test_not_where_something_traces_or_transforms(
+    trace: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def f(x: Tensor) -> Tensor:
+        out = fa3_ops.flash_attn_func(x, x, x)
+        assert isinstance(out, Tensor)
+        return out
+
+    with ways(monkeypatch) as taken:
+        trace(f, rand(2, 3, 4, 16))
+    assert taken
+    assert not any(taken)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: {"q": rand(2, 1, 4, 16).as_subclass(Subclass)},
+        lambda: {"cache_seqlens": ints(5, 2).as_subclass(Subclass)},
+        lambda: {"q": rand(2, 1, 4, 16, grad=True)},
+        lambda: {"sinks": torch.nn.Parameter(rand(4))},
+    ],
+    ids=["subclass", "subclass of lengths", "gradient", "gradient of sinks"],
+)
+def test_not_with_such_an_argument(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ways(monkeypatch) as taken:
+        fa3_ops.flash_attn_with_kvcache(**decode(**change()))
+    assert taken == [False]
+
+
+def test_fake_tensors_outside_their_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeTensorMode()
+    call = {n: fake.from_tensor(x) if isinstance(x, Tensor) else x for n, x in decode().items()}
+    with ways(monkeypatch) as taken:
+        out = fa3_ops.flash_attn_with_kvcache(**call)
+    assert taken == [False]
+    assert isinstance(out, Tensor)
+    assert out.shape == (2, 1, 4, 16)
+
+
+@every_call
+@pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
+def test_both_ways_give_the_same(function: Any, inputs: Any, op: str, mode: Any) -> None:
+    torch.manual_seed(0)
+    short = inputs()
+    long = {name: x.clone() if isinstance(x, Tensor) else x for name, x in short.items()}
+    lse = "return_softmax_lse" if "k_cache" in short else "return_attn_probs"
+    with mode():
+        got = function(**short, **{lse: True})
+        with FunctionMode() as watching:
+            want = function(**long, **{lse: True})
+    assert watching.seen[0] == f"fa3npu.{op}"
+    for g, w in zip(got, want, strict=True):
+        assert torch.equal(g, w)
+        assert g.is_inference() == w.is_inference()
+    for name, x in long.items():
+        if isinstance(x, Tensor):
+            assert torch.equal(short[name], x), name
+            assert short[name].is_inference() or short[name]._version == x._version
+
+
+@pytest.mark.parametrize(
+    ("mode", "grad_mode", "seen"),
+    [
+        (FunctionMode, nullcontext, ["fa3npu.flash_attn_with_kvcache"]),
+        (DispatchMode, nullcontext, ["fa3npu.flash_attn_kvcache.default"]),
+        (DispatchMode, torch.inference_mode, ["fa3npu.flash_attn_with_kvcache.default"]),
+    ],
+    ids=["function", "dispatch", "dispatch in inference mode"],
+)
+def test_modes_see_the_operators(
+    mode: type[FunctionMode], grad_mode: Callable[[], AbstractContextManager[Any]], seen: list[str]
+) -> None:
+    with grad_mode(), mode() as by_function:
+        fa3_ops.flash_attn_with_kvcache(**decode())
+    with grad_mode(), mode() as by_operator:
+        ops.flash_attn_with_kvcache(**decode())
+    assert by_function.seen == by_operator.seen == seen
+
+
+def test_a_subclass_sees_the_composite() -> None:
+    seen = []
+
+    class Watching(Tensor):
+        @classmethod
+        def __torch_function__(
+            cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(str(function))
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    fa3_ops.flash_attn_with_kvcache(**decode(q=rand(2, 1, 4, 16).as_subclass(Watching)))
+    assert "fa3npu.flash_attn_with_kvcache" in seen
+
+
+def test_what_it_leaves_out() -> None:
+    """Autograd's kernels, and without an append the composite."""
+    excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+    autograd = torch._C.DispatchKey.AutogradOther  # stands for all of them
+    call = tuple(dense().values())
+    assert direct.call(ops.flash_attn_func, lambda *_: excluded(autograd), (*call, *DEFAULTS))
+    assert not excluded(autograd)
+
+    def operators(function: Any, inputs: dict[str, Any]) -> set[str]:
+        with torch.profiler.profile() as profile:
+            function(**inputs)
+        return {e.name.removeprefix("fa3npu::") for e in profile.events() if "fa3npu" in e.name}
+
+    attend, appended = {"flash_attn_kvcache"}, {"flash_attn_with_kvcache", "kvcache_append_"}
+    assert operators(fa3_ops.flash_attn_with_kvcache, decode()) == attend
+    assert operators(fa3_ops.flash_attn_with_kvcache, appending()) == attend | appended
+
+
+def test_an_append_is_refused_before_it_writes() -> None:
+    """An int that the schema cannot take is no other type."""
+    call = appending(attention_chunk=2**70)
+    before = call["k_cache"].clone()
+    with pytest.raises(RuntimeError, match="attention_chunk"):
+        fa3_ops.flash_attn_with_kvcache(**call)
+    assert torch.equal(call["k_cache"], before)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"num_splits": 1.5}, "'num_splits' but instead found type 'float'"),
+        ({"softmax_scale": torch.ones(2)}, "'softmax_scale' but instead found type 'Tensor'"),
+        ({"pack_gqa": "yes"}, "'pack_gqa' but instead found type 'str'"),
+    ],
+)
+@pytest.mark.parametrize("inputs", [decode, appending])
+def test_wrong_types_get_the_operators_own_error(inputs: Any, change: Any, found: str) -> None:
+    call = inputs()
+    before = call["k_cache"].clone()
+    with pytest.raises(
+        RuntimeError, match=r"fa3npu::flash_attn_with_kvcache\(\) Expected a value"
+    ) as error:
+        fa3_ops.flash_attn_with_kvcache(**call, **change)
+    assert found in str(error.value)
+    assert torch.equal(call["k_cache"], before)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from sample_inputs import rotary
 from torch import Tensor
@@ -27,6 +31,22 @@ RELATIVE = {
 }
 
 
+def examples(count: int) -> settings:
+    """So many random calls; fewer where FA3NPU_TEST_SHARE, in percent, asks for a short run."""
+    share = int(os.environ.get("FA3NPU_TEST_SHARE", "100"))
+    return settings(max_examples=max(count * share // 100, 1), deadline=None, print_blob=True)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def assert_exact(got: Tensor, want: Tensor, dtype: torch.dtype, slack: float = 3e-5) -> None:
     """Within one rounding of the float64 result; `slack` is the absolute part."""
     assert got.shape == want.shape
@@ -34,21 +54,35 @@ def assert_exact(got: Tensor, want: Tensor, dtype: torch.dtype, slack: float = 3
     torch.testing.assert_close(got.double(), want, rtol=RELATIVE[dtype], atol=slack)
 
 
-def tensor(draw: Any, shape: tuple[int, ...], dtype: torch.dtype, any_last: bool = True) -> Tensor:
-    """A random tensor, as a view of something larger; the last stride is 1 unless any_last."""
-    layout = draw(st.sampled_from(["contiguous", "padded", "heads first", "last strided"]))
+def assert_lse(got: Tensor, want: Tensor, slack: float = 3e-5) -> None:
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=slack)
+
+
+LAYOUTS = ("contiguous", "padded", "heads first", "first strided", "last strided")
+
+
+def memory(draw: Any, shape: tuple[int, ...], dtype: torch.dtype, any_last: bool = True) -> Tensor:
+    """A view of something larger that holds NaN; the last stride is 1 unless any_last."""
+    layout = draw(st.sampled_from(LAYOUTS if any_last else LAYOUTS[:-1]))
+
+    def nan(*size: int) -> Tensor:
+        return torch.full(size, float("nan"), dtype=torch.float32).to(dtype)
+
     if layout == "padded":
-        wide = torch.full((*shape[:-2], shape[-2] + 1, shape[-1] + 3), float("nan"))
-        wide = wide.to(dtype)
-        t = wide[..., 1:, 1 : shape[-1] + 1]
-    elif layout == "heads first":
-        heads_first = (*shape[:-3], shape[-2], shape[-3], shape[-1])
-        t = torch.empty(heads_first, dtype=dtype).transpose(-3, -2)
-    elif layout == "last strided" and any_last:
-        t = torch.empty((*shape[:-1], 2 * shape[-1]), dtype=dtype)[..., ::2]
-    else:
-        t = torch.empty(shape, dtype=dtype)
-    return t.copy_(torch.randn(shape))
+        wide = nan(*shape[:-2], shape[-2] + 1, shape[-1] + 3)
+        return wide[..., 1:, 1 : shape[-1] + 1]
+    if layout == "heads first":
+        return nan(*shape[:-3], shape[-2], shape[-3], shape[-1]).transpose(-3, -2)
+    if layout == "first strided":  # as K and V of one cache, (num_pages, 2, ...)
+        return nan(shape[0], 2, *shape[1:])[:, 1]
+    if layout == "last strided":
+        return nan(*shape[:-1], 2 * shape[-1])[..., ::2]
+    return nan(*shape)
+
+
+def tensor(draw: Any, shape: tuple[int, ...], dtype: torch.dtype, any_last: bool = True) -> Tensor:
+    return memory(draw, shape, dtype, any_last).copy_(torch.randn(shape))
 
 
 def lengths(draw: Any, batch: int, most: int) -> Tensor:
@@ -63,12 +97,12 @@ def cumulative(seqlens: Tensor, first: int = 0) -> Tensor:
     return torch.cat([torch.tensor([first]), first + seqlens.cumsum(0)]).to(torch.int32)
 
 
-def masks(draw: Any) -> dict[str, Any]:
-    side = st.integers(-1, 45)
+def masks(draw: Any, most: int = 45) -> dict[str, Any]:
+    side = st.integers(-1, most)
     return {
         "causal": draw(st.booleans()),
         "window_size": draw(st.one_of(st.just((-1, -1)), st.tuples(side, side))),
-        "attention_chunk": draw(st.one_of(st.just(0), st.integers(1, 50))),
+        "attention_chunk": draw(st.one_of(st.just(0), st.integers(1, most + 5))),
         "softcap": draw(st.sampled_from([0.0, 0.0, 1.5, 30.0])),
         "softmax_scale": draw(st.sampled_from([None, None, 0.37, -0.2])),
     }

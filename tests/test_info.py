@@ -89,21 +89,3 @@ def test_instruction_set_can_be_forced() -> None:
     wrong = run(code, "MMX")
     assert wrong.returncode != 0
     assert "FA3NPU_CPU_CAPABILITY must be one of" in wrong.stderr
-
-
-SUPPORTED = [
-    name
-    for name in ("AVX512", "AVX2", "portable")
-    if run(["-c", "import torch, fa3_ops; torch.ops.fa3npu.cpu_capability()"], name).returncode == 0
-]
-
-
-@pytest.mark.parametrize("capability", SUPPORTED)
-def test_golden_vectors_on_every_instruction_set(capability: str) -> None:
-    """The machine's best is what every other test runs on."""
-    here = os.path.dirname(__file__)
-    result = run(
-        ["-m", "pytest", "-q", "-p", "no:cacheprovider", f"{here}/test_golden.py"], capability
-    )
-    assert result.returncode == 0, result.stdout
-    assert "157 passed" in result.stdout

@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sample_inputs import ints, rand, rotary
 from strategies import (
     FORWARD_DTYPES,
     assert_exact,
+    assert_lse,
     dense_calls,
+    examples,
     kvcache_calls,
     tensor,
+    threads,
     varlen_calls,
 )
 from torch import Tensor
@@ -25,12 +28,6 @@ import fa3_ops
 from fa3_ops import reference
 
 ops = torch.ops.fa3npu
-examples = settings(max_examples=100, deadline=None, print_blob=True)
-
-
-def assert_lse(got: Tensor, want: Tensor, slack: float = 3e-5) -> None:
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=slack)
 
 
 def assert_same_bits(got: Tensor, want: Tensor) -> None:
@@ -38,7 +35,7 @@ def assert_same_bits(got: Tensor, want: Tensor) -> None:
 
 
 class TestFlashAttnFunc:
-    @examples
+    @examples(100)
     @given(dense_calls())
     def test_random_calls(self, call: dict[str, Any]) -> None:
         out, lse = fa3_ops.flash_attn_func(**call, return_attn_probs=True)
@@ -159,7 +156,7 @@ GRADIENT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class TestFlashAttnFuncBackward:
-    @examples
+    @examples(100)
     @given(dense_calls(GRADIENT_DTYPES))
     def test_random_calls(self, call: dict[str, Any]) -> None:
         call.pop("qv", None)
@@ -223,13 +220,9 @@ class TestFlashAttnFuncBackward:
             return torch.autograd.grad(out, part, dout[batch])
 
         want = grads(slice(0, 3))
-        threads = torch.get_num_threads()
-        try:
-            for n in (1, 2, 5):
-                torch.set_num_threads(n)
+        for n in (1, 2, 5):
+            with threads(n):
                 assert all(torch.equal(g, w) for g, w in zip(grads(slice(0, 3)), want, strict=True))
-        finally:
-            torch.set_num_threads(threads)
         alone = grads(slice(1, 2))
         assert all(torch.equal(g, w[1:2]) for g, w in zip(alone, want, strict=True))
 
@@ -254,7 +247,7 @@ class TestFlashAttnFuncBackward:
 
 
 class TestFlashAttnVarlenFunc:
-    @examples
+    @examples(100)
     @given(varlen_calls())
     def test_random_calls(self, call: dict[str, Any]) -> None:
         bounds = {"max_seqlen_q": 40, "max_seqlen_k": 70}
@@ -276,7 +269,7 @@ class TestFlashAttnVarlenFunc:
 
 
 class TestFlashAttnVarlenFuncBackward:
-    @examples
+    @examples(100)
     @given(varlen_calls(GRADIENT_DTYPES))
     def test_random_calls(self, call: dict[str, Any]) -> None:
         call.pop("qv", None)
@@ -287,7 +280,7 @@ class TestFlashAttnVarlenFuncBackward:
 
 
 class TestFlashAttnWithKvcache:
-    @settings(examples, max_examples=200)
+    @examples(200)
     @given(kvcache_calls())
     def test_random_calls(self, call: dict[str, Any]) -> None:
         ours = call | {"k_cache": call["k_cache"].clone(), "v_cache": call["v_cache"].clone()}
@@ -305,7 +298,7 @@ class TestFlashAttnWithKvcache:
                 ours[name].double(), call[name].double(), rtol=ulp, atol=4 * ulp, equal_nan=True
             )
 
-    @settings(examples, max_examples=60)
+    @examples(60)
     @given(kvcache_calls())
     def test_strided_caches_are_written_in_place(self, call: dict[str, Any]) -> None:
         contiguous = call | {
@@ -407,23 +400,19 @@ class TestThreads:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
     def test_same_bits(self, dtype: torch.dtype) -> None:
-        threads = torch.get_num_threads()
         calls = (
             (rand(1, 1, 4, 32), rand(1, 5000, 1, 32), rand(1, 5000, 1, 32)),
             (rand(2, 150, 6, 32), rand(2, 1500, 2, 32), rand(2, 1500, 2, 32)),
         )
         calls = tuple(tuple(x.to(dtype) for x in call) for call in calls)
-        try:
-            torch.set_num_threads(1)
+        with threads(1):
             want = [ops.flash_attn_func(*call, causal=True, softcap=9.0) for call in calls]
-            for n in (2, 3, 8):
-                torch.set_num_threads(n)
+        for n in (2, 3, 8):
+            with threads(n):
                 for call, (out, lse) in zip(calls, want, strict=True):
                     got_out, got_lse = ops.flash_attn_func(*call, causal=True, softcap=9.0)
                     assert torch.equal(got_out, out)
                     assert torch.equal(got_lse, lse)
-        finally:
-            torch.set_num_threads(threads)
 
 
 class TestKvcacheAppend:
@@ -439,7 +428,7 @@ class TestKvcacheAppend:
 
 
 class TestApplyRotary:
-    @examples
+    @examples(100)
     @given(st.data())
     def test_random_calls(self, data: Any) -> None:
         torch.manual_seed(data.draw(st.integers(0, 2**31)))

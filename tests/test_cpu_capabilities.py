@@ -1,0 +1,52 @@
+"""The bitwise contract, and results against references, on every instruction set of the machine.
+
+A process computes with one of them, so each gets a pytest of its own. Bits are equal within one
+instruction set and never compared across two.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+FILES = ("test_bitwise", "test_consistency", "test_operators", "test_golden")
+CAPABILITY = "import torch, fa3_ops; print(torch.ops.fa3npu.cpu_capability())"
+
+
+def run(code: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | variables
+    return subprocess.run(
+        [sys.executable, *code], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+def capabilities() -> list[str]:
+    """Every instruction set that this machine runs, the best one first."""
+    message = run(["-c", CAPABILITY], FA3NPU_CPU_CAPABILITY="?").stderr
+    names = message.partition("must be one of ")[2].partition(" on this machine")[0]
+    assert names, message
+    return names.split(", ")
+
+
+@pytest.mark.parametrize("capability", capabilities())
+def test_contract_and_numbers(capability: str) -> None:
+    forced = {
+        "FA3NPU_CPU_CAPABILITY": capability,
+        "FA3NPU_TEST_SHARE": "20",
+        "OMP_WAIT_POLICY": "PASSIVE",  # up to 8 threads wait for one another, on any number of cores
+    }
+    assert run(["-c", CAPABILITY], **forced).stdout.split() == [capability]
+    result = run(
+        [
+            *("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5"),
+            *("-k", "not reference_means"),  # which calls no kernel
+            *(str(HERE / f"{name}.py") for name in FILES),
+        ],
+        **forced,
+    )
+    assert result.returncode == 0, f"{capability}:\n{result.stdout}{result.stderr}"

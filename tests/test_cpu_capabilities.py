@@ -37,7 +37,7 @@ def capabilities() -> list[str]:
 def test_contract_and_numbers(capability: str) -> None:
     forced = {
         "FA3NPU_CPU_CAPABILITY": capability,
-        "FA3NPU_TEST_SHARE": "20",
+        "FA3NPU_TEST_SHARE": "10",
         "OMP_WAIT_POLICY": "PASSIVE",  # up to 8 threads wait for one another, on any number of cores
     }
     assert run(["-c", CAPABILITY], **forced).stdout.split() == [capability]

@@ -289,7 +289,7 @@ class TestFlashAttnWithKvcache:
         out, lse = fa3_ops.flash_attn_with_kvcache(**ours, return_softmax_lse=True)
         # A rotated vector may round the other way: one ulp of it moves a score.
         half = call["q"].dtype.itemsize <= 2 and "rotary_cos" in call
-        coarse = {2: 0.05, 1: 0.5}[call["q"].dtype.itemsize] if half else 3e-5
+        coarse = {2: 0.05, 1: 0.5}[call["q"].dtype.itemsize] if half else None
         assert_exact(out, want_out, call["q"].dtype, coarse)
         assert_lse(lse, want_lse, coarse)
         ulp = torch.finfo(call["q"].dtype).eps if "rotary_cos" in call else 0.0

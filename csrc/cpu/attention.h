@@ -13,9 +13,9 @@ namespace fa3npu {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kRowTile = 240;  // most query rows (position x head of a group) of a tile
-constexpr int64_t kKeyBlock = 64;  // keys a step of the online softmax, at absolute multiples of it
+constexpr int64_t kRowTile = 960;  // most query rows (position x head of a group) of a tile
 constexpr int64_t kChunk = 1024;   // keys per partial result; partial results merge in order
+constexpr int64_t kKeyTile = 256;  // keys whose dk and dv are computed together
 constexpr int64_t kMaxHeadDim = 512;
 
 // A tensor of head vectors, each contiguous. Strides are in bytes.
@@ -51,7 +51,7 @@ struct KeyRange {
 
 struct Attention {
   Rows q, k, v, qv, out;
-  Rows dout, dq, dk, dv;  // backward only
+  Rows dout, dq, dk, dv, delta;  // backward only; delta: a number per row, as the sums
   Scalars softmax_lse, dsoftmax_lse;
   Scalars q_descale, k_descale, v_descale;  // (batch, nheads_k); read only for FP8
   Scalars alibi_slopes;                     // (batch or 1, nheads)
@@ -66,6 +66,8 @@ struct Attention {
 
   int64_t group() const { return nheads / nheads_k; }
   bool is_double() const { return q.dtype == ScalarType::Double; }
+  int64_t row_capacity() const { return (row_tile + 31) / 32 * 32; }  // of a tile's buffers
+  int64_t state_ld() const { return (headdim_v + 31) / 32 * 32; }
 
   const char* key_row(const Rows& cache, const Sequence& s, int64_t j, int64_t head) const {
     const int64_t position = s.k_begin + j;
@@ -116,8 +118,9 @@ struct Kernels {
   void (*empty_state)(const Attention& a, char* state);
   void (*merge_state)(const Attention& a, const RowTile& t, char* into, const char* from);
   void (*finish)(const Attention& a, const RowTile& t, const char* state);
+  void (*backward_delta)(const Attention& a, const RowTile& t, char* scratch);
   void (*backward_dq)(const Attention& a, const RowTile& t, char* scratch);
-  void (*backward_dkdv)(const Attention& a, int64_t sequence, int64_t head_k, int64_t block,
+  void (*backward_dkdv)(const Attention& a, int64_t sequence, int64_t head_k, int64_t first,
                         char* scratch);
 };
 

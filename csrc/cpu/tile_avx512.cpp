@@ -6,10 +6,12 @@
 namespace fa3npu::avx512 {
 
 #define FA3NPU_NAME "AVX512"
-#define FA3NPU_BYTES 64    // of a register
-#define FA3NPU_ROWS 6      // rows and
-#define FA3NPU_VECTORS 4   // vectors of the product's register tile
-#define FA3NPU_SHUFFLES 1  // whether shuffles of whole vectors are instructions
+#define FA3NPU_BYTES 64   // of a register
+#define FA3NPU_ROWS 6     // rows and
+#define FA3NPU_VECTORS 4  // vectors of the product's register tile
+#define FA3NPU_AVX512 1
+#define FA3NPU_BFLOAT16 0  // whether products of bfloat16 are instructions
+#define FA3NPU_AMX 0
 #include "cpu/tile.h"
 
 }  // namespace fa3npu::avx512

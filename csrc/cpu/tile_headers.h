@@ -9,12 +9,30 @@
 #include <new>
 #include <type_traits>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's intrinsics use them so
+#endif
+
 #include "cpu/attention.h"
 
 namespace fa3npu {
 
 const float* float8_table();  // the 256 values of float8_e4m3fn
 uint16_t float_to_half(float x);
-uint16_t float_to_bfloat16(float x);
+
+#if defined(__x86_64__)
+namespace avx512 {  // what the instruction sets above it share
+void forward_chunk(const Attention& a, const RowTile* tiles, int64_t count, int64_t chunk,
+                   char* states, char* scratch);
+void empty_state(const Attention& a, char* state);
+void merge_state(const Attention& a, const RowTile& t, char* into, const char* from);
+void finish(const Attention& a, const RowTile& t, const char* state);
+void backward_delta(const Attention& a, const RowTile& t, char* scratch);
+void backward_dq(const Attention& a, const RowTile& t, char* scratch);
+void backward_dkdv(const Attention& a, int64_t sequence, int64_t head_k, int64_t first,
+                   char* scratch);
+}  // namespace avx512
+#endif
 
 }  // namespace fa3npu

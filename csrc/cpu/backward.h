@@ -45,34 +45,44 @@ struct GradientTile {
     }
   }
 
-  // p[row - begin][kKeyBlock] and ds of `count` rows against the keys of one block
-  void differentiate(int64_t begin, int64_t count, int64_t block, const KeyTile<U>& k,
-                     const KeyTile<U>& v, T* p, T* ds) const {
-    const Attention& a = q.a;
-    q.scores(begin, count, kKeyBlock, k, v, p);
-    product<U>(count, kKeyBlock, units<U>(a.headdim_v), {dout + begin * q.ld_v, q.ld_v, 1},
+  // p[row - begin][kKeyBlock] and ds of `count` rows against the first `columns` keys of a block
+  void differentiate(int64_t begin, int64_t count, int64_t block, int64_t columns,
+                     const KeyTile<U>& k, const KeyTile<U>& v, T* p, T* ds) const {
+    q.scores(begin, count, columns, k, v, p);
+    product<U>(count, columns, units<U>(q.a.headdim_v), {dout + begin * q.ld_v, q.ld_v, 1},
                v.transposed, kKeyBlock, ds, kKeyBlock, false);
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < count; ++i, p += kKeyBlock, ds += kKeyBlock) {
       const int64_t r = begin + i;
       if (lse[r] == -T(kInf)) {  // the row sees nothing
-        fill<T>(p + i * kKeyBlock, kKeyBlock, T(0));
-        fill<T>(ds + i * kKeyBlock, kKeyBlock, T(0));
-        continue;
-      }
-      for (int64_t lane = 0; lane < kKeyBlock; lane += kLanes<T>) {
-        Vec<T>& p_ = vec(p + i * kKeyBlock + lane);
-        Vec<T>& ds_ = vec(ds + i * kKeyBlock + lane);
-        Vec<T> capped;
-        const Vec<T> x = q.logits(r, block, lane, p_, &capped);
-        const auto masked = x == -T(kInf);  // not even a NaN of the row reaches a masked key
-        p_ = masked ? Vec<T>{} : exp_(x - lse[r]);
-        Vec<T> gradient = p_ * (ds_ - delta[r]) * T(a.softmax_scale);
-        if (a.softcap > 0) {
-          capped /= T(a.softcap);
-          gradient *= T(1) - capped * capped;
+        fill<T>(p, columns, T(0));
+        fill<T>(ds, columns, T(0));
+      } else if (q.plain(r, block)) {
+        const T scale = T(q.a.softmax_scale), row_lse = lse[r], row_delta = delta[r];
+        for (int64_t lane = 0; lane < columns; lane += kLanes<T>) {
+          const Vec<T> y = exp_(vec(p + lane) * scale - row_lse);
+          vec(p + lane) = y;
+          vec(ds + lane) = y * (vec(ds + lane) - row_delta) * scale;
         }
-        ds_ = masked ? Vec<T>{} : gradient;
+      } else {
+        differentiate_masked(r, block, columns, p, ds);
       }
+    }
+  }
+
+  void differentiate_masked(int64_t r, int64_t block, int64_t columns, T* p, T* ds) const {
+    for (int64_t lane = 0; lane < columns; lane += kLanes<T>) {
+      Vec<T>& p_ = vec(p + lane);
+      Vec<T>& ds_ = vec(ds + lane);
+      Vec<T> capped;
+      const Vec<T> x = q.logits(r, block, lane, p_, &capped);
+      const auto masked = x == -T(kInf);  // not even a NaN of the row reaches a masked key
+      p_ = masked ? Vec<T>{} : exp_(x - lse[r]);
+      Vec<T> gradient = p_ * (ds_ - delta[r]) * T(q.a.softmax_scale);
+      if (q.a.softcap > 0) {
+        capped /= T(q.a.softcap);
+        gradient *= T(1) - capped * capped;
+      }
+      ds_ = masked ? Vec<T>{} : gradient;
     }
   }
 };
@@ -121,11 +131,11 @@ struct OverRows {
     }
   }
 
-  Left<U> left() const {
+  Left<U> left(int64_t from) const {
     if constexpr (kDepth<U> == 1)
-      return {values, 1, kKeyBlock};
+      return {values + from * kKeyBlock, 1, kKeyBlock};
     else
-      return {transposed, ld, 1};
+      return {transposed + from / 2, ld, 1};
   }
 };
 
@@ -174,9 +184,10 @@ void backward_dq_(const Attention& a, const RowTile& t, char* scratch) {
     for (int64_t begin = 0; begin < t.rows; begin += kRowGroup<U>) {
       const int64_t rows = least(kRowGroup<U>, t.rows - begin);
       if (!g.q.any_sees(block, begin, rows)) continue;
-      g.differentiate(begin, rows, block, k, v, p, ds);
+      const int64_t columns = g.q.columns_of(block, begin, rows);
+      g.differentiate(begin, rows, block, columns, k, v, p, ds);
       const Left<U> left = over_keys<U>(rows, ds, reinterpret_cast<U*>(p));
-      add_product<U>(rows, k.ld, units<U>(keys), left, k.rows, dq + begin * k.ld, k.ld, finite,
+      add_product<U>(rows, k.ld, units<U>(columns), left, k.rows, dq + begin * k.ld, k.ld, finite,
                      k.spare, [&](int64_t r, int64_t j) { return g.q.sees(begin + r, block + j); });
     }
   }
@@ -227,18 +238,24 @@ void backward_dkdv_(const Attention& a, int64_t sequence, int64_t head_k, int64_
     for (int64_t key = first; key < end; key += kKeyBlock) {
       if (!g.q.any_sees(key, 0, t.rows)) continue;
       Block& b = block_at(key);
-      for (int64_t begin = 0; begin < t.rows; begin += kRowGroup<U>) {
+      const int64_t keys = least(kKeyBlock, s.k_len - key);
+      int64_t from = 0;  // rows before it see nothing of the block
+      while (!g.q.any_sees(key, from, least(kRowGroup<U>, t.rows - from))) from += kRowGroup<U>;
+      for (int64_t begin = from; begin < t.rows; begin += kRowGroup<U>) {
         const int64_t rows = least(kRowGroup<U>, t.rows - begin);
-        g.differentiate(begin, rows, key, b.k, b.v, p.group(begin), ds.group(begin));
+        g.differentiate(begin, rows, key, kKeyBlock, b.k, b.v, p.group(begin), ds.group(begin));
         p.take(begin, rows);
         ds.take(begin, rows);
       }
-      const int64_t keys = least(kKeyBlock, s.k_len - key);
-      const auto sees = [&](int64_t j, int64_t r) { return r < t.rows && g.q.sees(r, key + j); };
-      add_product<U>(keys, b.v.ld, units<U>(t.rows), p.left(), dout.at, b.dv, b.v.ld, dout.finite,
-                     dout.spare, sees);
-      add_product<U>(keys, b.k.ld, units<U>(t.rows), ds.left(), q.at, b.dk, b.k.ld, q.finite,
-                     q.spare, sees);
+      const auto sees = [&](int64_t j, int64_t r) {
+        return from + r < t.rows && g.q.sees(from + r, key + j);
+      };
+      const auto add = [&](const OverRows<U>& x, const RowPanel<U>& rows, T* to, int64_t ld) {
+        add_product<U>(keys, ld, units<U>(t.rows - from), x.left(from),
+                       rows.at + from / kDepth<U> * ld, to, ld, rows.finite, rows.spare, sees);
+      };
+      add(p, dout, b.dv, b.v.ld);
+      add(ds, q, b.dk, b.k.ld);
     }
   }
   for (int64_t key = first; key < end; ++key) {

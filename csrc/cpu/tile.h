@@ -8,12 +8,14 @@
 
 // No include guard and no other includes: see tile_*.cpp.
 
-#include "cpu/backward.h"
-#include "cpu/convert.h"
-#include "cpu/forward.h"
-#include "cpu/operands.h"
-#include "cpu/product.h"
+// clang-format off
 #include "cpu/vector.h"
+#include "cpu/convert.h"
+#include "cpu/product.h"
+#include "cpu/operands.h"
+#include "cpu/forward.h"
+#include "cpu/backward.h"
+// clang-format on
 
 // Where bfloat16 has products of its own, all other dtypes are AVX512's.
 #if FA3NPU_BFLOAT16

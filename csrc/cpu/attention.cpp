@@ -149,7 +149,7 @@ int64_t choose_row_tile(const Attention& a, int64_t threads) {
 
 // As many threads as have at least some microseconds of work each.
 int64_t choose_threads(const Attention& a) {
-  constexpr double kLeastWork = 1 << 20;  // multiplications
+  constexpr double kLeastWork = 1 << 19;  // multiplications
   double work = 0;
   for (int64_t b = 0; b < a.batch_size; ++b)
     work += double(a.sequences[b].q_len) * a.sequences[b].k_len;
@@ -252,29 +252,46 @@ void attention_forward(const Attention& call) {
     return;
   }
 
-  // Fewer units than threads: chunks in parallel, merged in the same order afterwards.
-  std::vector<std::pair<int64_t, int64_t>> work;  // (unit, chunk)
-  std::vector<int64_t> first;
+  // Fewer units than threads: chunks in parallel, a wave of them at a time so that memory does not
+  // grow with the keys, and merged in the same order.
+  const int64_t wave = 8 * threads;
+  int64_t first = std::numeric_limits<int64_t>::max(), last = 0;
   for (int64_t i = 0; i < units; ++i) {
     const Chunks chunks = chunks_of(a, *tiles_of(i));
-    first.push_back(work.size());
-    for (int64_t c = chunks.begin; c < chunks.end; ++c) work.push_back({i, c});
+    if (chunks.begin == chunks.end) continue;
+    first = std::min(first, chunks.begin);
+    last = std::max(last, chunks.end);
   }
-  first.push_back(work.size());
-  std::vector<char> memory(work.size() * states + 64);
-  char* parts = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
-  run_dynamically(threads, work.size(), scratch_bytes(a), [&](int64_t i, char* scratch) {
-    k.forward_chunk(a, tiles_of(work[i].first), together, work[i].second, parts + i * states,
-                    scratch);
-  });
-  run_dynamically(threads, tiles.size(), state, [&](int64_t i, char* scratch) {
-    const int64_t unit = i / together, offset = i % together * state;
-    char* total = first[unit] < first[unit + 1] ? parts + first[unit] * states + offset : scratch;
-    if (total == scratch) k.empty_state(a, total);
-    for (int64_t part = first[unit] + 1; part < first[unit + 1]; ++part)
-      k.merge_state(a, tiles[i], total, parts + part * states + offset);
-    k.finish(a, tiles[i], total);
-  });
+  std::vector<char> memory((1 + wave) * units * states + 64);
+  char* totals = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
+  char* parts = totals + units * states;
+  for (int64_t i = 0; i < int64_t(tiles.size()); ++i) k.empty_state(a, totals + i * state);
+  for (; first < last; first += wave) {
+    std::vector<std::pair<int64_t, int64_t>> work;  // (unit, chunk)
+    for (int64_t i = 0; i < units; ++i) {
+      const Chunks chunks = chunks_of(a, *tiles_of(i));
+      for (int64_t c = std::max(first, chunks.begin); c < std::min(first + wave, chunks.end); ++c)
+        work.push_back({i, c});
+    }
+    const auto part_of = [&](int64_t unit, int64_t chunk) {
+      const Chunks chunks = chunks_of(a, *tiles_of(unit));  // the first one starts the total
+      return chunk == chunks.begin ? totals + unit * states
+                                   : parts + (unit * wave + chunk - first) * states;
+    };
+    run_dynamically(threads, work.size(), scratch_bytes(a), [&](int64_t i, char* scratch) {
+      const auto [unit, chunk] = work[i];
+      k.forward_chunk(a, tiles_of(unit), together, chunk, part_of(unit, chunk), scratch);
+    });
+    run_dynamically(threads, tiles.size(), 0, [&](int64_t i, char*) {
+      const int64_t unit = i / together, offset = i % together * state;
+      const Chunks chunks = chunks_of(a, *tiles_of(unit));
+      for (int64_t c = std::max(first, chunks.begin + 1); c < std::min(first + wave, chunks.end);
+           ++c)
+        k.merge_state(a, tiles[i], totals + i * state, part_of(unit, c) + offset);
+    });
+  }
+  run_dynamically(threads, tiles.size(), 0,
+                  [&](int64_t i, char*) { k.finish(a, tiles[i], totals + i * state); });
 }
 
 std::string cpu_capability() { return kernels().name; }

@@ -180,7 +180,7 @@ void backward_dq_(const Attention& a, const RowTile& t, char* scratch) {
     const int64_t keys = least(kKeyBlock, s.k_len - block);
     k.load(KeyRows(a, a.k, s, block, keys), a.k, t.head_k);
     v.load(KeyRows(a, a.v, s, block, keys), a.v, t.head_k);
-    const bool finite = g.q.all_see(block, 0, t.rows) || k.finite();
+    const bool finite = g.q.all_see(block, 0, t.rows) || k.finite(keys);
     for (int64_t begin = 0; begin < t.rows; begin += kRowGroup<U>) {
       const int64_t rows = least(kRowGroup<U>, t.rows - begin);
       if (!g.q.any_sees(block, begin, rows)) continue;
@@ -243,7 +243,8 @@ void backward_dkdv_(const Attention& a, int64_t sequence, int64_t head_k, int64_
       while (!g.q.any_sees(key, from, least(kRowGroup<U>, t.rows - from))) from += kRowGroup<U>;
       for (int64_t begin = from; begin < t.rows; begin += kRowGroup<U>) {
         const int64_t rows = least(kRowGroup<U>, t.rows - begin);
-        g.differentiate(begin, rows, key, kKeyBlock, b.k, b.v, p.group(begin), ds.group(begin));
+        g.differentiate(begin, rows, key, round_up(keys, 32), b.k, b.v, p.group(begin),
+                        ds.group(begin));
         p.take(begin, rows);
         ds.take(begin, rows);
       }

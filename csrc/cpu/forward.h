@@ -19,7 +19,7 @@ void empty_state_(const Attention& a, char* at) {
   const State<T> state(a, at);
   fill<T>(state.maximum, a.row_capacity(), -T(kInf));
   fill<T>(state.sum, a.row_capacity(), T(0));
-  fill<T>(state.out, a.row_capacity() * state.ld, T(0));
+  fill<T>(state.out, a.row_tile * state.ld, T(0));
 }
 
 // A row's sums stay relative to an old maximum until the new one is this much greater: e^8 of head
@@ -163,7 +163,7 @@ void forward_chunk_(const Attention& a, const RowTile* tiles, int64_t count, int
         if (i == 0) b.k_rows = KeyRows(a, a.k, s, block, keys);
         if (!few) b.k.load(b.k_rows, a.k, tiles[i].head_k);
         b.v.load(KeyRows(a, a.v, s, block, keys), a.v, tiles[i].head_k);
-        b.finite = q->all_see(block, 0, q->rows) || b.v.finite();
+        b.finite = q->all_see(block, 0, q->rows) || b.v.finite(keys);
       });
       const State<T> state(a, states + i * state_bytes(a));
       for (int64_t begin = 0; begin < q->rows; begin += kRowGroup<U>) {

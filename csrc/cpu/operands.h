@@ -51,7 +51,7 @@ constexpr char kZeros[kMaxHeadDim * 8] = {};
 // A block of K or V as the right side of products, of either kind or both:
 //   rows        summed over keys: [key][ld], of Pairs [key / 2][ld], each of two keys
 //   transposed  summed over columns: [column or pair of columns][kKeyBlock]
-// Keys past the block's count and columns past the width are zero.
+// Keys past the block's count, up to a whole step of 32, and columns past the width are zero.
 template <class U>
 struct KeyTile {
   U *rows, *transposed, *strip;
@@ -77,12 +77,13 @@ struct KeyTile {
     load_as<Raw<U>>(keys, cache, head);
   }
 
-  bool finite() const { return all_finite(rows, kKeyBlock / kDepth<U> * ld); }
+  bool finite(int64_t keys) const { return all_finite(rows, round_up(keys, 32) / kDepth<U> * ld); }
 
  private:
   template <class From>  // or void: by way of the strip
   void load_as(const KeyRows& keys, const Rows& cache, int64_t head) {
-    for (int64_t j = 0; j < kKeyBlock; j += kLanes<U>) {
+    const int64_t end = round_up(keys.count, 32);
+    for (int64_t j = 0; j < end; j += kLanes<U>) {
       const char* from[kLanes<U>];
       for (int64_t i = 0; i < kLanes<U>; ++i)
         from[i] = j + i < keys.count ? keys.at[j + i] + head * cache.head : kZeros;
@@ -216,25 +217,28 @@ struct QueryTile {
   // The same of few rows, from the keys where they lie; `spare` is for those that lie apart.
   void scores_by_keys(const KeyRows& keys, const Rows& cache, int64_t columns, U* spare,
                       T* to) const {
-    if constexpr (FA3NPU_AMX) {
-      for (int64_t j = 0; j < columns; j += kFewRows) {
-        const Left<U> k = left_of(keys, cache, j, spare);
-        alignas(64) T squares[kFewRows * kFewRows];
-        product<U>(kFewRows, kFewRows, ld, k, q_columns, kFewRows, squares, kFewRows, false);
-        transpose<T>([&](int64_t i) { return vec(squares + i * kFewRows); }, to + j, kKeyBlock);
-      }
+#if FA3NPU_AMX
+    constexpr int64_t kKeys = 64;
+    for (int64_t j = 0; j < columns; j += kKeys) {
+      alignas(64) T by_key[kKeys * kFewRows];
+      product_4x1(ld, left_of(keys, cache, j, kKeys, spare), q_columns, kFewRows, by_key, kFewRows);
+      for (int64_t i = 0; i < kKeys; i += kFewRows)
+        transpose<T>([&](int64_t key) { return vec(by_key + (i + key) * kFewRows); }, to + j + i,
+                     kKeyBlock);
     }
+#endif
   }
 
-  // kFewRows keys from j on, as they lie if they lie evenly, else copied.
-  Left<U> left_of(const KeyRows& keys, const Rows& cache, int64_t j, U* spare) const {
-    const int64_t count = clamp(keys.count - j, 0, kFewRows), step = cache.row;
-    bool even = count == kFewRows && a.headdim == ld * kDepth<U> && step % sizeof(U) == 0;
+  // `wanted` keys from j on, as they lie if they lie evenly, else copied.
+  Left<U> left_of(const KeyRows& keys, const Rows& cache, int64_t j, int64_t wanted,
+                  U* spare) const {
+    const int64_t count = clamp(keys.count - j, 0, wanted), step = cache.row;
+    bool even = count == wanted && a.headdim == ld * kDepth<U> && step % sizeof(U) == 0;
     for (int64_t i = 1; even && i < count; ++i) even = keys.at[j + i] == keys.at[j] + i * step;
     const int64_t offset = head_k * cache.head;
     if (even)
       return {reinterpret_cast<const U*>(keys.at[j] + offset), step / int64_t(sizeof(U)), 1};
-    fill<U>(spare, kFewRows * ld, U{});
+    fill<U>(spare, wanted * ld, U{});
     for (int64_t i = 0; i < count; ++i)
       load_row(keys.at[j + i] + offset, cache.dtype, a.headdim, spare + i * ld);
     return {spare, ld, 1};

@@ -71,6 +71,64 @@ INLINE void product_tiles(int64_t depth, const Left<Pair>& a, const Pair* b, int
   if (TwoRows && TwoColumns) _tile_stored(3, c + 16 * ldc + 16, c_bytes);
 }
 
+// One row of tiles by four columns, and four rows by one column: four sums under way at a time
+// where there are few rows or columns.
+INLINE void product_1x4(int64_t depth, const Left<Pair>& a, const Pair* b, int64_t ldb, float* c,
+                        int64_t ldc, bool accumulate) {
+  const int64_t b_bytes = 4 * ldb, c_bytes = 4 * ldc;
+  if (accumulate) {
+    _tile_loadd(0, c, c_bytes);
+    _tile_loadd(1, c + 16, c_bytes);
+    _tile_loadd(2, c + 32, c_bytes);
+    _tile_loadd(3, c + 48, c_bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; k += 16, b += 16 * ldb) {
+    _tile_loadd(4, a.at + k, 4 * a.row);
+    _tile_loadd(5, b, b_bytes);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(6, b + 16, b_bytes);
+    _tile_dpbf16ps(1, 4, 6);
+    _tile_loadd(7, b + 32, b_bytes);
+    _tile_dpbf16ps(2, 4, 7);
+    _tile_loadd(5, b + 48, b_bytes);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+  _tile_stored(0, c, c_bytes);
+  _tile_stored(1, c + 16, c_bytes);
+  _tile_stored(2, c + 32, c_bytes);
+  _tile_stored(3, c + 48, c_bytes);
+}
+
+INLINE void product_4x1(int64_t depth, const Left<Pair>& a, const Pair* b, int64_t ldb, float* c,
+                        int64_t ldc) {
+  const int64_t a_bytes = 4 * a.row, c_bytes = 4 * ldc;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < depth; k += 16) {
+    const Pair* at = a.at + k;
+    _tile_loadd(4, b + k * ldb, 4 * ldb);
+    _tile_loadd(5, at, a_bytes);
+    _tile_dpbf16ps(0, 5, 4);
+    _tile_loadd(6, at + 16 * a.row, a_bytes);
+    _tile_dpbf16ps(1, 6, 4);
+    _tile_loadd(7, at + 32 * a.row, a_bytes);
+    _tile_dpbf16ps(2, 7, 4);
+    _tile_loadd(5, at + 48 * a.row, a_bytes);
+    _tile_dpbf16ps(3, 5, 4);
+  }
+  _tile_stored(0, c, c_bytes);
+  _tile_stored(1, c + 16 * ldc, c_bytes);
+  _tile_stored(2, c + 32 * ldc, c_bytes);
+  _tile_stored(3, c + 48 * ldc, c_bytes);
+}
+
 // All rows of the last step are computed: those past `rows` of C mean nothing. a.col must be 1.
 template <class U>
 void product(int64_t rows, int64_t columns, int64_t depth, const Left<U>& a, const U* b,
@@ -81,7 +139,10 @@ void product(int64_t rows, int64_t columns, int64_t depth, const Left<U>& a, con
   };
   constexpr std::true_type two;
   constexpr std::false_type one;
-  for (int64_t n = 0; n < columns; n += 32) {
+  int64_t n = 0;
+  for (; rows <= 16 && n + 64 <= columns; n += 64)
+    product_1x4(depth, a, b + n, ldb, c + n, ldc, accumulate);
+  for (; n < columns; n += 32) {
     const bool two_columns = n + 16 < columns;
     int64_t r = 0;
     for (; r + 16 < rows; r += 32) two_columns ? tiles(two, two, r, n) : tiles(two, one, r, n);

@@ -230,6 +230,7 @@ void attention_forward(const Attention& call) {
   a.row_tile = choose_row_tile(a, threads);
   a.together = choose_together(a, threads);
   const auto tiles = row_tiles(a);
+  if (tiles.empty()) return;
   const int64_t state = state_bytes(a), together = a.together, states = together * state;
   const int64_t units = tiles.size() / together;  // of `together` tiles each
   const auto tiles_of = [&](int64_t unit) { return tiles.data() + unit * together; };
@@ -254,7 +255,6 @@ void attention_forward(const Attention& call) {
 
   // Fewer units than threads: chunks in parallel, a wave of them at a time so that memory does not
   // grow with the keys, and merged in the same order.
-  const int64_t wave = 8 * threads;
   int64_t first = std::numeric_limits<int64_t>::max(), last = 0;
   for (int64_t i = 0; i < units; ++i) {
     const Chunks chunks = chunks_of(a, *tiles_of(i));
@@ -262,9 +262,12 @@ void attention_forward(const Attention& call) {
     first = std::min(first, chunks.begin);
     last = std::max(last, chunks.end);
   }
-  std::vector<char> memory((1 + wave) * units * states + 64);
-  char* totals = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
-  char* parts = totals + units * states;
+  const int64_t wave = std::clamp<int64_t>(last - first, 1, (8 * threads + units - 1) / units);
+  const int64_t bytes = (1 + wave) * units * states;
+  const std::unique_ptr<char, decltype(&std::free)> memory(
+      static_cast<char*>(std::aligned_alloc(64, bytes)), &std::free);
+  if (!memory) throw std::bad_alloc();
+  char *totals = memory.get(), *parts = totals + units * states;
   for (int64_t i = 0; i < int64_t(tiles.size()); ++i) k.empty_state(a, totals + i * state);
   for (; first < last; first += wave) {
     std::vector<std::pair<int64_t, int64_t>> work;  // (unit, chunk)

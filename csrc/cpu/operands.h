@@ -120,8 +120,8 @@ struct KeyTile {
   }
 };
 
-// Few rows take their scores with the keys as the left side, where they lie: no transpose of K for
-// so little use. The sums are the same.
+// Few rows take their scores with the keys as the left side: no transpose of K for so little use.
+// The sums are the same.
 constexpr int64_t kFewRows = 16;
 inline bool by_keys(const Attention& a, int64_t rows) {
   return FA3NPU_AMX && rows <= kFewRows && a.qv.data == nullptr;
@@ -214,34 +214,31 @@ struct QueryTile {
                  kKeyBlock, to, kKeyBlock, true);
   }
 
-  // The same of few rows, from the keys where they lie; `spare` is for those that lie apart.
+  // The same of few rows, by way of copies of the keys in `spare`: a tile is loaded slowly from
+  // rows that lie a power of two apart.
   void scores_by_keys(const KeyRows& keys, const Rows& cache, int64_t columns, U* spare,
                       T* to) const {
 #if FA3NPU_AMX
     constexpr int64_t kKeys = 64;
     for (int64_t j = 0; j < columns; j += kKeys) {
+      for (int64_t i = 0; i < kKeys; ++i) {
+        U* row = spare + i * ld;
+        if (j + i >= keys.count || a.headdim < ld * kDepth<U>) fill<U>(row, ld, U{});
+        if (j + i >= keys.count) continue;
+        const char* from = keys.at[j + i] + head_k * cache.head;
+        if (a.headdim == ld * kDepth<U>)
+          for (int64_t c = 0; c < ld; c += kLanes<U>)
+            vec(row + c) = Raw<U>::vector(from + c * sizeof(U));
+        else
+          load_row(from, cache.dtype, a.headdim, row);
+      }
       alignas(64) T by_key[kKeys * kFewRows];
-      product_4x1(ld, left_of(keys, cache, j, kKeys, spare), q_columns, kFewRows, by_key, kFewRows);
+      product_4x1(ld, {spare, ld, 1}, q_columns, kFewRows, by_key, kFewRows);
       for (int64_t i = 0; i < kKeys; i += kFewRows)
         transpose<T>([&](int64_t key) { return vec(by_key + (i + key) * kFewRows); }, to + j + i,
                      kKeyBlock);
     }
 #endif
-  }
-
-  // `wanted` keys from j on, as they lie if they lie evenly, else copied.
-  Left<U> left_of(const KeyRows& keys, const Rows& cache, int64_t j, int64_t wanted,
-                  U* spare) const {
-    const int64_t count = clamp(keys.count - j, 0, wanted), step = cache.row;
-    bool even = count == wanted && a.headdim == ld * kDepth<U> && step % sizeof(U) == 0;
-    for (int64_t i = 1; even && i < count; ++i) even = keys.at[j + i] == keys.at[j] + i * step;
-    const int64_t offset = head_k * cache.head;
-    if (even)
-      return {reinterpret_cast<const U*>(keys.at[j] + offset), step / int64_t(sizeof(U)), 1};
-    fill<U>(spare, wanted * ld, U{});
-    for (int64_t i = 0; i < count; ++i)
-      load_row(keys.at[j + i] + offset, cache.dtype, a.headdim, spare + i * ld);
-    return {spare, ld, 1};
   }
 
   // One vector of row r's scores at keys block + lane...: scaled, capped, biased. Masked keys are

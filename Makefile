@@ -9,7 +9,7 @@ NPU_VENV := .venv-npu
 NPU := $(NPU_VENV)/bin
 EMULATOR := tests/npu/emulator
 EMULATOR_SOURCES := $(shell find $(EMULATOR)/csrc -type f) $(EMULATOR)/cann_emulator/build.py
-CPP := csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h $(shell find $(EMULATOR)/csrc -type f)
+CPP := csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h tests/cpp/*.cpp $(shell find $(EMULATOR)/csrc -type f)
 
 BENCH_VENV := .venv-bench
 BENCH := $(BENCH_VENV)/bin

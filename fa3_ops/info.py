@@ -42,9 +42,9 @@ def devices() -> list[Row]:
 
 
 def cpu() -> str:
-    capability = torch.ops.fa3npu.cpu_capability()
+    ops = torch.ops.fa3npu
     forced = " (FA3NPU_CPU_CAPABILITY)" if os.environ.get("FA3NPU_CPU_CAPABILITY") else ""
-    return f"available, instruction set {capability}{forced}"
+    return f"available, instruction set {ops.cpu_capability()}{forced} of {ops.cpu_capabilities()}"
 
 
 def npu() -> str:

@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import fa3_ops  # noqa: F401
 
 HERE = Path(__file__).parent
 FILES = ("test_bitwise", "test_consistency", "test_operators", "test_golden")
@@ -25,15 +28,7 @@ def run(code: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def capabilities() -> list[str]:
-    """Every instruction set that this machine runs, the best one first."""
-    message = run(["-c", CAPABILITY], FA3NPU_CPU_CAPABILITY="?").stderr
-    names = message.partition("must be one of ")[2].partition(" on this machine")[0]
-    assert names, message
-    return names.split(", ")
-
-
-@pytest.mark.parametrize("capability", capabilities())
+@pytest.mark.parametrize("capability", torch.ops.fa3npu.cpu_capabilities().split(", "))
 def test_contract_and_numbers(capability: str) -> None:
     forced = {
         "FA3NPU_CPU_CAPABILITY": capability,

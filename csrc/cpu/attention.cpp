@@ -81,17 +81,21 @@ std::vector<const Kernels*> supported_kernels() {
   return best_first;
 }
 
+std::string cpu_capabilities() {
+  std::string names;
+  for (const Kernels* k : supported_kernels())
+    names += (names.empty() ? "" : ", ") + std::string(k->name);
+  return names;
+}
+
 const Kernels& choose_kernels() {
   const auto supported = supported_kernels();
   const char* wanted = std::getenv("FA3NPU_CPU_CAPABILITY");
   if (wanted == nullptr || *wanted == '\0') return *supported.front();
-  std::string names;
-  for (const Kernels* k : supported) {
+  for (const Kernels* k : supported)
     if (std::strcmp(k->name, wanted) == 0) return *k;
-    names += (names.empty() ? "" : ", ") + std::string(k->name);
-  }
-  FA3_CHECK(false, "FA3NPU_CPU_CAPABILITY must be one of ", names, " on this machine, got ",
-            wanted);
+  FA3_CHECK(false, "FA3NPU_CPU_CAPABILITY must be one of ", cpu_capabilities(),
+            " on this machine, got ", wanted);
   return *supported.front();
 }
 
@@ -301,6 +305,7 @@ std::string cpu_capability() { return kernels().name; }
 
 STABLE_TORCH_LIBRARY_IMPL(fa3npu, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+  m.impl("cpu_capabilities", TORCH_BOX(&cpu_capabilities));
 }
 
 void attention_backward(const Attention& call) {

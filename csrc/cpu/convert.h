@@ -43,6 +43,8 @@ struct FromBFloat16 {
 #if FA3NPU_AVX512  // gcc 12's convertvector would take three instructions
     const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+#elif defined(__aarch64__)  // and one lane after another here
+    return (Vec<float>)vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(from)), 16);
 #else
     const Narrow x = *reinterpret_cast<const Narrow*>(from);
     const Wide wide = __builtin_convertvector(x, Wide) << 16;
@@ -55,6 +57,8 @@ struct FromHalf {
   INLINE static Vec<float> vector(const char* from) {
 #if FA3NPU_AVX512
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__aarch64__)
+    return vcvt_f32_f16(vld1_f16(reinterpret_cast<const float16_t*>(from)));
 #else
     const uint16_t* half = reinterpret_cast<const uint16_t*>(from);
     Vec<float> x;
@@ -105,6 +109,10 @@ void store_row(const T* from, T scale, ScalarType dtype, int64_t n, char* to) {
         for (; i + 16 <= n; i += 16)
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(half + i),
                               _mm512_cvtps_ph(vec(from + i) * scale, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+      if constexpr (sizeof(T) == 4)
+        for (; i + 4 <= n; i += 4)
+          vst1_f16(reinterpret_cast<float16_t*>(half + i), vcvt_f16_f32(vec(from + i) * scale));
 #endif
       for (; i < n; ++i) half[i] = float_to_half(float(from[i] * scale));
       break;

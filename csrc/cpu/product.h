@@ -23,17 +23,19 @@ constexpr int64_t units(int64_t numbers) {  // how many U hold them
 // Eight tiles of 16 rows of 64 bytes. Released in the end: they make thread switches dear.
 struct ProductState {
   ProductState() {
-    struct alignas(64) {
-      uint8_t palette, start_row, reserved[14];
-      uint16_t row_bytes[16];
-      uint8_t rows[16];
-    } config = {};
-    config.palette = 1;
-    for (int i = 0; i < 8; ++i) config.row_bytes[i] = 64, config.rows[i] = 16;
-    _tile_loadconfig(&config);
+    // Constant, and so complete: gcc 12's intrinsic says that it reads the first 8 bytes only.
+    static constexpr struct alignas(64) Tiles {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } tiles;
+    _tile_loadconfig(&tiles);
   }
   ~ProductState() { _tile_release(); }
 };
+
+// gcc 12's tile loads do not say that they read memory: what was stored must be there by now.
+INLINE void before_tile_loads() { __asm__ volatile("" ::: "memory"); }
 
 // Up to 2 x 2 tiles of 16 x 16 sums.
 template <bool TwoRows, bool TwoColumns>
@@ -106,6 +108,7 @@ INLINE void product_1x4(int64_t depth, const Left<Pair>& a, const Pair* b, int64
 
 INLINE void product_4x1(int64_t depth, const Left<Pair>& a, const Pair* b, int64_t ldb, float* c,
                         int64_t ldc) {
+  before_tile_loads();
   const int64_t a_bytes = 4 * a.row, c_bytes = 4 * ldc;
   _tile_zero(0);
   _tile_zero(1);
@@ -133,6 +136,7 @@ INLINE void product_4x1(int64_t depth, const Left<Pair>& a, const Pair* b, int64
 template <class U>
 void product(int64_t rows, int64_t columns, int64_t depth, const Left<U>& a, const U* b,
              int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+  before_tile_loads();
   const auto tiles = [&](auto two_rows, auto two_columns, int64_t r, int64_t n) {
     product_tiles<decltype(two_rows)::value, decltype(two_columns)::value>(
         depth, a.from_row(r), b + n, ldb, c + r * ldc + n, ldc, accumulate);

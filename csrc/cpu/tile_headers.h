@@ -12,6 +12,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's intrinsics use them so
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "cpu/attention.h"

@@ -80,7 +80,8 @@ INLINE void multiply_add(Vec<float>& acc, Pair y, const Vec<Pair>& x) {
 }
 #endif
 
-// ---- exp: at most 2 ulp up to 88, exact at 0, 0 below the smallest normal; NaN stays NaN ----
+// ---- exp: at most 1.2 ulp up to 88 (0.9 with FMA), exact at 0, 0 below the smallest normal; NaN
+// stays NaN ----
 
 // x = n log(2) + r, n whole and |r| <= 0.35, for -87.3 <= x <= 88.3
 struct Reduced {
@@ -137,7 +138,8 @@ INLINE T exp1(T x) {
   return exp_(Vec<T>{} + x)[0];  // the vector's own, so that one row of one key has the same bits
 }
 
-// softcap * tanh(x / softcap), tanh(y) = (e^2y - 1) / (e^2y + 1) with both from the same e^r - 1
+// softcap * tanh(x / softcap), tanh(y) = (e^2y - 1) / (e^2y + 1) with both from the same e^r - 1:
+// at most 6 ulp
 INLINE Vec<float> softcapped(const Vec<float>& x, float softcap) {
   const Vec<float> y = x * (2.0f / softcap);
   const Vec<float> bounded =

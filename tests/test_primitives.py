@@ -1,0 +1,75 @@
+"""The CPU kernels' primitives on every instruction set of this machine, and on an emulated Arm."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+import fa3_ops  # noqa: F401
+
+ROOT = Path(__file__).parent.parent
+CAPABILITIES = torch.ops.fa3npu.cpu_capabilities().split(", ")
+HEADERS = {"NEON": "portable"}  # the others are named as they are
+
+CXX = shlex.split(os.environ.get("CXX", "g++"))
+ARM_CXX, ARM = "aarch64-linux-gnu-g++", "qemu-aarch64"
+FLAGS = [  # setup.py's, but for -O3
+    *("-std=c++20", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"),
+    *("-Wall", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}"),
+    *(f"-isystem{path}" for path in include_paths()),
+]
+
+
+def run(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, f"{shlex.join(command)}\n{result.stdout}{result.stderr}"
+    return result.stdout
+
+
+def primitives(program: Path, header: str, *compiler: str) -> str:
+    """Compiles the test of an instruction set as the kernels are compiled."""
+    isa = f'-DFA3NPU_ISA="cpu/isa_{header}.h"'
+    run(*compiler, *FLAGS, isa, str(ROOT / "tests/cpp/primitives.cpp"), "-o", str(program))
+    return str(program)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_primitives(capability: str, tmp_path: Path) -> None:
+    header = HEADERS.get(capability, capability.lower())
+    printed = run(primitives(tmp_path / "primitives", header, *CXX)).splitlines()
+    assert (printed[0], printed[-1]) == (capability, "0 failures")
+
+
+@pytest.mark.skipif(
+    not (shutil.which(ARM_CXX) and shutil.which(ARM)),
+    reason="needs the Debian packages g++-aarch64-linux-gnu and qemu-user",
+)
+class TestArm:
+    def test_primitives(self, tmp_path: Path) -> None:
+        program = primitives(tmp_path / "primitives", "portable", ARM_CXX, "-static")
+        printed = run(ARM, program).splitlines()
+        assert (printed[0], printed[-1]) == ("NEON", "0 failures")
+
+    def test_everything_compiles(self, tmp_path: Path) -> None:
+        """All of csrc, with PyTorch's headers and without Python's."""
+        sources = [*(ROOT / "csrc").glob("**/*.cpp")]
+        assert len(sources) > 10
+        library = tmp_path / "library.h"  # precompiled: it takes longer than all of csrc
+        library.write_text("#include <torch/csrc/stable/library.h>\n")
+        run(ARM_CXX, *FLAGS, "-x", "c++-header", str(library), "-o", f"{library}.gch")
+
+        def compile_one(source: Path) -> str:
+            vectors = source.stem == "tile_portable"  # what must be inlined, only code tells
+            code = ("-c", "-o", str(tmp_path / "code.o")) if vectors else ("-fsyntax-only",)
+            return run(ARM_CXX, *FLAGS, "-include", str(library), *code, str(source))
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            assert len([*pool.map(compile_one, sources)]) == len(sources)

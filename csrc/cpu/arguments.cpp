@@ -353,12 +353,8 @@ std::tuple<Tensor, Tensor, Tensor> AttentionCall::backward(const Tensor& dout_, 
   a.dk = rows_of(dk);
   a.dv = rows_of(dv);
   const Tensor delta = torch::stable::new_empty(
-      q_, lse_shape(), a.is_double() ? ScalarType::Double : ScalarType::Float);
-  a.delta.data = static_cast<char*>(delta.data_ptr());
-  a.delta.element = element_size(delta.scalar_type());
-  a.delta.batch = packed_q_ ? 0 : delta.stride(0) * a.delta.element;
-  a.delta.head = delta.stride(-2) * a.delta.element;
-  a.delta.row = delta.stride(-1) * a.delta.element;
+      q_, shape_like_q(1), a.is_double() ? ScalarType::Double : ScalarType::Float);
+  a.delta = rows_of(delta);
   attention_backward(a);
   return {dq, dk, dv};
 }

@@ -161,6 +161,22 @@ int64_t choose_threads(const Attention& a) {
   return std::clamp<int64_t>(work / kLeastWork, 1, torch::stable::get_num_threads());
 }
 
+int64_t widths(const Attention& a) { return round_up(a.headdim, 32) + round_up(a.headdim_v, 32); }
+
+int64_t scratch_bytes(const Attention& a) {  // the most that any kernel takes
+  const int64_t element = a.is_double() ? 8 : 4;
+  const int64_t keys = 4 * 288 * widths(a);  // rows, spare, transposed and strips of a panel
+  const int64_t rows = a.row_capacity() * (widths(a) + 16);
+  return element * (keys + a.together * rows + 4 * 96 * 128) + 65536;
+}
+
+int64_t backward_scratch_bytes(const Attention& a) {
+  const int64_t element = a.is_double() ? 8 : 4;
+  const int64_t keys = 3 * (kKeyTile + 128) * widths(a);
+  const int64_t rows = a.row_capacity() * (5 * widths(a) + 4 * 128 + 32);
+  return element * (keys + rows + 4 * 96 * 128) + 65536;
+}
+
 struct Chunks {
   int64_t begin, end;
 };
@@ -174,7 +190,7 @@ Chunks chunks_of(const Attention& a, const RowTile& t) {
 // Few rows: all KV heads of a token, which lie together, are read together, as far as that leaves
 // work for every thread. A power of two, so that units of work stay even.
 int64_t choose_together(const Attention& a, int64_t threads) {
-  constexpr int64_t kFewRows = 16, kMost = 16;
+  constexpr int64_t kMost = 16;
   int64_t chunks = 0;
   for (int64_t b = 0; b < a.batch_size; ++b) {
     if (a.sequences[b].q_len * a.group() > kFewRows) return 1;  // several tiles, or large ones
@@ -211,22 +227,6 @@ int64_t state_bytes(const Attention& a) {
   return round_up(element * (a.row_capacity() * (2 + a.state_ld()) + 64), 64);
 }
 
-int64_t widths(const Attention& a) { return round_up(a.headdim, 32) + round_up(a.headdim_v, 32); }
-
-int64_t scratch_bytes(const Attention& a) {  // the most that any kernel takes
-  const int64_t element = a.is_double() ? 8 : 4;
-  const int64_t keys = 4 * 288 * widths(a);  // rows, spare, transposed and strips of a panel
-  const int64_t rows = a.row_capacity() * (widths(a) + 16);
-  return element * (keys + a.together * rows + 4 * 96 * 128) + 65536;
-}
-
-int64_t backward_scratch_bytes(const Attention& a) {
-  const int64_t element = a.is_double() ? 8 : 4;
-  const int64_t keys = 3 * (kKeyTile + 128) * widths(a);
-  const int64_t rows = a.row_capacity() * (5 * widths(a) + 4 * 128 + 32);
-  return element * (keys + rows + 4 * 96 * 128) + 65536;
-}
-
 void attention_forward(const Attention& call) {
   const Kernels& k = kernels();
   const int64_t threads = choose_threads(call);
@@ -238,12 +238,14 @@ void attention_forward(const Attention& call) {
   const int64_t state = state_bytes(a), together = a.together, states = together * state;
   const int64_t units = tiles.size() / together;  // of `together` tiles each
   const auto tiles_of = [&](int64_t unit) { return tiles.data() + unit * together; };
+  std::vector<Chunks> chunks_of_unit;
+  for (int64_t i = 0; i < units; ++i) chunks_of_unit.push_back(chunks_of(a, *tiles_of(i)));
 
   if (units >= threads) {
     run_dynamically(threads, units, 2 * states + scratch_bytes(a), [&](int64_t i, char* scratch) {
       char *total = scratch, *part = scratch + states, *rest = scratch + 2 * states;
       const RowTile* unit = tiles_of(i);
-      const Chunks chunks = chunks_of(a, unit[0]);
+      const Chunks chunks = chunks_of_unit[i];
       for (int64_t c = chunks.begin; c < chunks.end; ++c) {
         k.forward_chunk(a, unit, together, c, c == chunks.begin ? total : part, rest);
         for (int64_t t = 0; c > chunks.begin && t < together; ++t)
@@ -260,8 +262,7 @@ void attention_forward(const Attention& call) {
   // Fewer units than threads: chunks in parallel, a wave of them at a time so that memory does not
   // grow with the keys, and merged in the same order.
   int64_t first = std::numeric_limits<int64_t>::max(), last = 0;
-  for (int64_t i = 0; i < units; ++i) {
-    const Chunks chunks = chunks_of(a, *tiles_of(i));
+  for (const Chunks& chunks : chunks_of_unit) {
     if (chunks.begin == chunks.end) continue;
     first = std::min(first, chunks.begin);
     last = std::max(last, chunks.end);
@@ -276,14 +277,13 @@ void attention_forward(const Attention& call) {
   for (; first < last; first += wave) {
     std::vector<std::pair<int64_t, int64_t>> work;  // (unit, chunk)
     for (int64_t i = 0; i < units; ++i) {
-      const Chunks chunks = chunks_of(a, *tiles_of(i));
+      const Chunks chunks = chunks_of_unit[i];
       for (int64_t c = std::max(first, chunks.begin); c < std::min(first + wave, chunks.end); ++c)
         work.push_back({i, c});
     }
     const auto part_of = [&](int64_t unit, int64_t chunk) {
-      const Chunks chunks = chunks_of(a, *tiles_of(unit));  // the first one starts the total
-      return chunk == chunks.begin ? totals + unit * states
-                                   : parts + (unit * wave + chunk - first) * states;
+      const bool starts = chunk == chunks_of_unit[unit].begin;  // the total
+      return starts ? totals + unit * states : parts + (unit * wave + chunk - first) * states;
     };
     run_dynamically(threads, work.size(), scratch_bytes(a), [&](int64_t i, char* scratch) {
       const auto [unit, chunk] = work[i];
@@ -291,7 +291,7 @@ void attention_forward(const Attention& call) {
     });
     run_dynamically(threads, tiles.size(), 0, [&](int64_t i, char*) {
       const int64_t unit = i / together, offset = i % together * state;
-      const Chunks chunks = chunks_of(a, *tiles_of(unit));
+      const Chunks chunks = chunks_of_unit[unit];
       for (int64_t c = std::max(first, chunks.begin + 1); c < std::min(first + wave, chunks.end);
            ++c)
         k.merge_state(a, tiles[i], totals + i * state, part_of(unit, c) + offset);

@@ -16,7 +16,12 @@ using torch::headeronly::ScalarType;
 constexpr int64_t kRowTile = 960;  // most query rows (position x head of a group) of a tile
 constexpr int64_t kChunk = 1024;   // keys per partial result; partial results merge in order
 constexpr int64_t kKeyTile = 256;  // keys whose dk and dv are computed together
+constexpr int64_t kFewRows = 16;   // a tile of at most so many is computed as in a decode
 constexpr int64_t kMaxHeadDim = 512;
+
+inline int64_t round_up(int64_t x, int64_t multiple) {
+  return (x + multiple - 1) / multiple * multiple;
+}
 
 // A tensor of head vectors, each contiguous. Strides are in bytes.
 struct Rows {
@@ -66,8 +71,8 @@ struct Attention {
 
   int64_t group() const { return nheads / nheads_k; }
   bool is_double() const { return q.dtype == ScalarType::Double; }
-  int64_t row_capacity() const { return (row_tile + 31) / 32 * 32; }  // of a tile's buffers
-  int64_t state_ld() const { return (headdim_v + 31) / 32 * 32; }
+  int64_t row_capacity() const { return round_up(row_tile, 32); }  // of a tile's buffers
+  int64_t state_ld() const { return round_up(headdim_v, 32); }
 
   const char* key_row(const Rows& cache, const Sequence& s, int64_t j, int64_t head) const {
     const int64_t position = s.k_begin + j;
@@ -104,10 +109,6 @@ inline KeyRange visible(const Attention& a, const RowTile& t) {
   return {first.begin, last.end};
 }
 
-inline int64_t round_up(int64_t x, int64_t multiple) {
-  return (x + multiple - 1) / multiple * multiple;
-}
-
 // The kernels of one instruction set. `scratch` is scratch_bytes(a) of uninitialised memory; a
 // state is state_bytes(a) and holds a partial result: for each row its maximum, sum and unscaled
 // output.
@@ -125,7 +126,6 @@ struct Kernels {
 };
 
 int64_t state_bytes(const Attention& a);  // a multiple of 64
-int64_t scratch_bytes(const Attention& a);
 
 const Kernels& kernels();  // the best this machine runs, or the one FA3NPU_CPU_CAPABILITY names
 

@@ -186,6 +186,7 @@ INLINE void interleave(const Vec<Pair>& a, const Vec<Pair>& b, Pair* to) {
   vec(to) = (Vec<Pair>)_mm512_permutex2var_epi16(x, _mm512_load_si512(lanes.first), y);
   vec(to + 16) = (Vec<Pair>)_mm512_permutex2var_epi16(x, _mm512_load_si512(lanes.second), y);
 }
+
 inline bool all_finite(const Pair* x, int64_t n) {
   Vec<Pair> infinite{};  // lanes with all bits of an exponent set
   for (int64_t i = 0; i < n; i += kLanes<Pair>) {

@@ -121,13 +121,15 @@ void forward_chunk_(const Attention& a, const RowTile* tiles, int64_t count, int
   const ProductState product_state;
   Arena arena{scratch};
   auto* q = reinterpret_cast<QueryTile<U>*>(arena.take<char>(count * sizeof(QueryTile<U>)));
+  const bool few = by_keys(a, tiles[0].rows);
   for (int64_t i = 0; i < count; ++i) {
     new (q + i) QueryTile<U>(a, tiles[i], arena);
+    if (few) q[i].take_columns(arena);
     empty_state_<T>(a, states + i * state_bytes(a));
   }
   struct Block {
     KeyTile<U> k, v;
-    KeyRows k_rows;
+    KeyRows k_rows, v_rows;
     bool finite;
     Block(const Attention& a, Arena& arena)
         : k(arena, a.headdim, false, true), v(arena, a.headdim_v, true, a.qv.data != nullptr) {}
@@ -142,7 +144,6 @@ void forward_chunk_(const Attention& a, const RowTile* tiles, int64_t count, int
   if constexpr (kDepth<U> > 1) p = arena.take<U>(kRowGroup<U> * p_ld);
 
   const Sequence& s = q->s;
-  const bool few = by_keys(a, q->rows);
   const int64_t end = least((chunk + 1) * kChunk, s.k_len);
   const auto blocks_from = [&](int64_t panel, const auto& work) {
     for (int64_t n = 0, block = panel; n < panel_blocks && block < end; ++n, block += kKeyBlock)
@@ -160,9 +161,12 @@ void forward_chunk_(const Attention& a, const RowTile* tiles, int64_t count, int
     for (int64_t i = 0; i < count; ++i) {
       blocks_from(panel, [&](Block& b, int64_t block, int64_t keys) {
         if (!q->any_sees(block, 0, q->rows)) return;
-        if (i == 0) b.k_rows = KeyRows(a, a.k, s, block, keys);
+        if (i == 0) {
+          b.k_rows = KeyRows(a, a.k, s, block, keys);
+          b.v_rows = KeyRows(a, a.v, s, block, keys);
+        }
         if (!few) b.k.load(b.k_rows, a.k, tiles[i].head_k);
-        b.v.load(KeyRows(a, a.v, s, block, keys), a.v, tiles[i].head_k);
+        b.v.load(b.v_rows, a.v, tiles[i].head_k);
         b.finite = q->all_see(block, 0, q->rows) || b.v.finite(keys);
       });
       const State<T> state(a, states + i * state_bytes(a));

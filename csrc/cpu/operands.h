@@ -122,7 +122,6 @@ struct KeyTile {
 
 // Few rows take their scores with the keys as the left side: no transpose of K for so little use.
 // The sums are the same.
-constexpr int64_t kFewRows = 16;
 inline bool by_keys(const Attention& a, int64_t rows) {
   return FA3NPU_AMX && rows <= kFewRows && a.qv.data == nullptr;
 }
@@ -168,7 +167,10 @@ struct QueryTile {
     keys = arena.take<KeyRange>(a.row_tile);
     slope = arena.take<T>(a.row_tile);
     load();
-    if (!by_keys(a, rows)) return;
+  }
+
+  // For scores_by_keys.
+  void take_columns(Arena& arena) {
     q_columns = arena.take<U>(ld * kFewRows);
     fill<U>(q + rows * ld, (kFewRows - rows) * ld, U{});
     for (int64_t c = 0; c < ld; c += kFewRows)
@@ -233,7 +235,7 @@ struct QueryTile {
           load_row(from, cache.dtype, a.headdim, row);
       }
       alignas(64) T by_key[kKeys * kFewRows];
-      product_4x1(ld, {spare, ld, 1}, q_columns, kFewRows, by_key, kFewRows);
+      product<U>(kKeys, kFewRows, ld, {spare, ld, 1}, q_columns, kFewRows, by_key, kFewRows, false);
       for (int64_t i = 0; i < kKeys; i += kFewRows)
         transpose<T>([&](int64_t key) { return vec(by_key + (i + key) * kFewRows); }, to + j + i,
                      kKeyBlock);

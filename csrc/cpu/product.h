@@ -20,138 +20,102 @@ constexpr int64_t units(int64_t numbers) {  // how many U hold them
 }
 
 #if FA3NPU_AMX
+// The instructions of tiles, numbered at compile time. gcc 12's intrinsics do not say which memory
+// they read.
+template <int T>
+INLINE void tile_zero() {
+  __asm__ volatile("tilezero %%tmm%c0" ::"i"(T));
+}
+template <int T>
+INLINE void tile_load(const void* from, int64_t row_bytes) {
+  __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(T) : "memory");
+}
+template <int T>
+INLINE void tile_store(void* to, int64_t row_bytes) {
+  __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(row_bytes), "i"(T) : "memory");
+}
+template <int C, int A, int B>
+INLINE void tile_multiply_add() {
+  __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+
 // Eight tiles of 16 rows of 64 bytes. Released in the end: they make thread switches dear.
 struct ProductState {
   ProductState() {
-    // Constant, and so complete: gcc 12's intrinsic says that it reads the first 8 bytes only.
     static constexpr struct alignas(64) Tiles {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } tiles;
-    _tile_loadconfig(&tiles);
+    __asm__ volatile("ldtilecfg %0" ::"m"(tiles));
   }
   ~ProductState() { _tile_release(); }
 };
 
-// gcc 12's tile loads do not say that they read memory: what was stored must be there by now.
-INLINE void before_tile_loads() { __asm__ volatile("" ::: "memory"); }
+// f.operator()<0>(), f.operator()<1>(), ...
+template <int N, class F>
+INLINE void each(const F& f) {
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      INLINE_LAMBDA { (f.template operator()<I>(), ...); }(std::make_integer_sequence<int, N>());
+}
 
-// Up to 2 x 2 tiles of 16 x 16 sums.
-template <bool TwoRows, bool TwoColumns>
+// R x C tiles of 16 x 16 sums, at most four: those of C are the first four registers. Of the
+// shorter side all tiles are held, those of the longer one pass through the registers that are
+// left.
+template <int R, int C>
 INLINE void product_tiles(int64_t depth, const Left<Pair>& a, const Pair* b, int64_t ldb, float* c,
                           int64_t ldc, bool accumulate) {
   const int64_t a_bytes = 4 * a.row, b_bytes = 4 * ldb, c_bytes = 4 * ldc;
-  if (accumulate) {
-    _tile_loadd(0, c, c_bytes);
-    if (TwoColumns) _tile_loadd(1, c + 16, c_bytes);
-    if (TwoRows) _tile_loadd(2, c + 16 * ldc, c_bytes);
-    if (TwoRows && TwoColumns) _tile_loadd(3, c + 16 * ldc + 16, c_bytes);
-  } else {
-    _tile_zero(0);
-    if (TwoColumns) _tile_zero(1);
-    if (TwoRows) _tile_zero(2);
-    if (TwoRows && TwoColumns) _tile_zero(3);
-  }
-  for (int64_t k = 0; k < depth; k += 16) {
-    _tile_loadd(4, a.at + k, a_bytes);
-    _tile_loadd(6, b + k * ldb, b_bytes);
-    _tile_dpbf16ps(0, 4, 6);
-    if (TwoColumns) {
-      _tile_loadd(7, b + k * ldb + 16, b_bytes);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if (TwoRows) {
-      _tile_loadd(5, a.at + 16 * a.row + k, a_bytes);
-      _tile_dpbf16ps(2, 5, 6);
-      if (TwoColumns) _tile_dpbf16ps(3, 5, 7);
-    }
-  }
-  _tile_stored(0, c, c_bytes);
-  if (TwoColumns) _tile_stored(1, c + 16, c_bytes);
-  if (TwoRows) _tile_stored(2, c + 16 * ldc, c_bytes);
-  if (TwoRows && TwoColumns) _tile_stored(3, c + 16 * ldc + 16, c_bytes);
-}
-
-// One row of tiles by four columns, and four rows by one column: four sums under way at a time
-// where there are few rows or columns.
-INLINE void product_1x4(int64_t depth, const Left<Pair>& a, const Pair* b, int64_t ldb, float* c,
-                        int64_t ldc, bool accumulate) {
-  const int64_t b_bytes = 4 * ldb, c_bytes = 4 * ldc;
-  if (accumulate) {
-    _tile_loadd(0, c, c_bytes);
-    _tile_loadd(1, c + 16, c_bytes);
-    _tile_loadd(2, c + 32, c_bytes);
-    _tile_loadd(3, c + 48, c_bytes);
-  } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  const auto sums = [&](int i) INLINE_LAMBDA { return c + i / C * 16 * ldc + i % C * 16; };
+  each<R * C>([&]<int I>()
+                  INLINE_LAMBDA { accumulate ? tile_load<I>(sums(I), c_bytes) : tile_zero<I>(); });
   for (int64_t k = 0; k < depth; k += 16, b += 16 * ldb) {
-    _tile_loadd(4, a.at + k, 4 * a.row);
-    _tile_loadd(5, b, b_bytes);
-    _tile_dpbf16ps(0, 4, 5);
-    _tile_loadd(6, b + 16, b_bytes);
-    _tile_dpbf16ps(1, 4, 6);
-    _tile_loadd(7, b + 32, b_bytes);
-    _tile_dpbf16ps(2, 4, 7);
-    _tile_loadd(5, b + 48, b_bytes);
-    _tile_dpbf16ps(3, 4, 5);
+    const auto rows = [&](int r) INLINE_LAMBDA { return a.at + k + 16 * r * a.row; };
+    if constexpr (R <= C) {
+      each<R>([&]<int I>() INLINE_LAMBDA { tile_load<4 + I>(rows(I), a_bytes); });
+      each<C>([&]<int J>() INLINE_LAMBDA {
+        constexpr int next = 4 + R + J % (4 - R);
+        tile_load<next>(b + 16 * J, b_bytes);
+        each<R>([]<int I>() INLINE_LAMBDA { tile_multiply_add<I * C + J, 4 + I, next>(); });
+      });
+    } else {
+      each<C>([&]<int J>() INLINE_LAMBDA { tile_load<4 + J>(b + 16 * J, b_bytes); });
+      each<R>([&]<int I>() INLINE_LAMBDA {
+        constexpr int next = 4 + C + I % (4 - C);
+        tile_load<next>(rows(I), a_bytes);
+        each<C>([]<int J>() INLINE_LAMBDA { tile_multiply_add<I * C + J, next, 4 + J>(); });
+      });
+    }
   }
-  _tile_stored(0, c, c_bytes);
-  _tile_stored(1, c + 16, c_bytes);
-  _tile_stored(2, c + 32, c_bytes);
-  _tile_stored(3, c + 48, c_bytes);
-}
-
-INLINE void product_4x1(int64_t depth, const Left<Pair>& a, const Pair* b, int64_t ldb, float* c,
-                        int64_t ldc) {
-  before_tile_loads();
-  const int64_t a_bytes = 4 * a.row, c_bytes = 4 * ldc;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  for (int64_t k = 0; k < depth; k += 16) {
-    const Pair* at = a.at + k;
-    _tile_loadd(4, b + k * ldb, 4 * ldb);
-    _tile_loadd(5, at, a_bytes);
-    _tile_dpbf16ps(0, 5, 4);
-    _tile_loadd(6, at + 16 * a.row, a_bytes);
-    _tile_dpbf16ps(1, 6, 4);
-    _tile_loadd(7, at + 32 * a.row, a_bytes);
-    _tile_dpbf16ps(2, 7, 4);
-    _tile_loadd(5, at + 48 * a.row, a_bytes);
-    _tile_dpbf16ps(3, 5, 4);
-  }
-  _tile_stored(0, c, c_bytes);
-  _tile_stored(1, c + 16 * ldc, c_bytes);
-  _tile_stored(2, c + 32 * ldc, c_bytes);
-  _tile_stored(3, c + 48 * ldc, c_bytes);
+  each<R * C>([&]<int I>() INLINE_LAMBDA { tile_store<I>(sums(I), c_bytes); });
 }
 
 // All rows of the last step are computed: those past `rows` of C mean nothing. a.col must be 1.
+// Four sums are under way at a time, also where there are few rows or columns.
 template <class U>
 void product(int64_t rows, int64_t columns, int64_t depth, const Left<U>& a, const U* b,
              int64_t ldb, float* c, int64_t ldc, bool accumulate) {
-  before_tile_loads();
-  const auto tiles = [&](auto two_rows, auto two_columns, int64_t r, int64_t n) {
-    product_tiles<decltype(two_rows)::value, decltype(two_columns)::value>(
-        depth, a.from_row(r), b + n, ldb, c + r * ldc + n, ldc, accumulate);
-  };
-  constexpr std::true_type two;
-  constexpr std::false_type one;
+  constexpr std::integral_constant<int, 1> one;
+  constexpr std::integral_constant<int, 2> two;
+  constexpr std::integral_constant<int, 4> four;
   int64_t n = 0;
-  for (; rows <= 16 && n + 64 <= columns; n += 64)
-    product_1x4(depth, a, b + n, ldb, c + n, ldc, accumulate);
-  for (; n < columns; n += 32) {
-    const bool two_columns = n + 16 < columns;
+  const auto all_rows = [&](auto c_tiles) {  // of the next c_tiles * 16 columns
     int64_t r = 0;
-    for (; r + 16 < rows; r += 32) two_columns ? tiles(two, two, r, n) : tiles(two, one, r, n);
-    if (r < rows) two_columns ? tiles(one, two, r, n) : tiles(one, one, r, n);
-  }
+    const auto take = [&](auto r_tiles) {
+      product_tiles<r_tiles, c_tiles>(depth, a.from_row(r), b + n, ldb, c + r * ldc + n, ldc,
+                                      accumulate);
+      r += 16 * r_tiles;
+    };
+    if constexpr (c_tiles == 1)
+      while (r + 64 <= rows) take(four);
+    if constexpr (c_tiles <= 2)
+      while (r + 16 < rows) take(two);
+    while (r < rows) take(one);
+    n += 16 * c_tiles;
+  };
+  while (rows <= 16 && n + 64 <= columns) all_rows(four);
+  while (n + 16 < columns) all_rows(two);
+  if (n < columns) all_rows(one);
 }
 #else
 struct ProductState {

@@ -518,16 +518,19 @@ void test_product() {
 }
 
 #if FA3NPU_AMX
-// The product of many rows and few columns: the bits of `product`, with the sides exchanged, too.
-void test_product_4x1() {
+// The product of many rows and few columns: the bits of its parts, and with the sides exchanged.
+void test_four_rows_of_tiles() {
   constexpr int64_t kRows = 64, kColumns = 16;
   const ProductState state;
   for (const int64_t depth : {16, 48}) {
     const Operands<Pair> x(kRows, kColumns, depth);
-    const auto want = x.run(0, kRows, 0, kColumns, depth, false, false);
-    std::vector<float> got(kRows * kColumns), exchanged(got);
-    product_4x1(depth, x.left(false), x.b.data(), kColumns, got.data(), kColumns);
-    check(std::equal(got.begin(), got.end(), want.begin()), "product_4x1");
+    std::vector<float> got(kRows * kColumns), want(got), exchanged(got);
+    product<Pair>(kRows, kColumns, depth, x.left(false), x.b.data(), kColumns, got.data(), kColumns,
+                  false);
+    for (int64_t r = 0; r < kRows; r += 16)
+      product<Pair>(16, kColumns, depth, x.left(false).from_row(r), x.b.data(), kColumns,
+                    &want[r * kColumns], kColumns, false);
+    check(std::equal(got.begin(), got.end(), want.begin()), "four rows of tiles");
 
     std::vector<Pair> b(kColumns * depth);
     for (int64_t k = 0; k < depth; ++k)
@@ -618,7 +621,7 @@ int run() {
   test_all_finite<float>();
   test_all_finite<double>();
 #if FA3NPU_AMX
-  test_product_4x1();
+  test_four_rows_of_tiles();
 #endif
 #if FA3NPU_BFLOAT16
   test_transpose<Pair>();

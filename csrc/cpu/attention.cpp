@@ -166,7 +166,7 @@ int64_t widths(const Attention& a) { return round_up(a.headdim, 32) + round_up(a
 int64_t scratch_bytes(const Attention& a) {  // the most that any kernel takes
   const int64_t element = a.is_double() ? 8 : 4;
   const int64_t keys = 4 * 288 * widths(a);  // rows, spare, transposed and strips of a panel
-  const int64_t rows = a.row_capacity() * (widths(a) + 16);
+  const int64_t rows = a.row_capacity() * (widths(a) + 16) + kFewRows * (256 + widths(a));
   return element * (keys + a.together * rows + 4 * 96 * 128) + 65536;
 }
 
@@ -190,7 +190,8 @@ Chunks chunks_of(const Attention& a, const RowTile& t) {
 // Few rows: all KV heads of a token, which lie together, are read together, as far as that leaves
 // work for every thread. A power of two, so that units of work stay even.
 int64_t choose_together(const Attention& a, int64_t threads) {
-  constexpr int64_t kMost = 16;
+  constexpr int64_t kMost = 32;
+  if (a.qv.data) return 1;
   int64_t chunks = 0;
   for (int64_t b = 0; b < a.batch_size; ++b) {
     if (a.sequences[b].q_len * a.group() > kFewRows) return 1;  // several tiles, or large ones

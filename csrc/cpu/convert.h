@@ -68,6 +68,17 @@ struct FromHalf {
   }
 };
 
+// f(the reader of a cache's dtype), if there is one.
+template <class U, class F>
+INLINE bool with_reader(ScalarType dtype, const F& f) {
+  if constexpr (std::is_same_v<U, float>) {
+    if (dtype == ScalarType::BFloat16) return f(FromBFloat16()), true;
+    if (dtype == ScalarType::Half) return f(FromHalf()), true;
+    if (dtype != ScalarType::Float) return false;
+  }
+  return f(Raw<U>()), true;
+}
+
 // n elements of a head vector, as U; a last half Pair is filled up with zero.
 template <class U>
 void load_row(const char* from, ScalarType dtype, int64_t n, U* to) {
@@ -172,19 +183,12 @@ INLINE Vec<Pair> pair_up(const Vec<float>& first, const Vec<float>& second) {
 
 // Two rows of 32 bfloat16, interleaved: to[c] is the pair of column c.
 INLINE void interleave(const Vec<Pair>& a, const Vec<Pair>& b, Pair* to) {
-  alignas(64) static constexpr auto lanes = [] {
-    struct {
-      uint16_t first[32], second[32];
-    } t{};
-    for (int i = 0; i < 16; ++i) {
-      t.first[2 * i] = i, t.first[2 * i + 1] = 32 + i;
-      t.second[2 * i] = 16 + i, t.second[2 * i + 1] = 48 + i;
-    }
-    return t;
-  }();
-  const __m512i x = (__m512i)a, y = (__m512i)b;
-  vec(to) = (Vec<Pair>)_mm512_permutex2var_epi16(x, _mm512_load_si512(lanes.first), y);
-  vec(to + 16) = (Vec<Pair>)_mm512_permutex2var_epi16(x, _mm512_load_si512(lanes.second), y);
+  // The unpacking instructions take the first and the second half of every 16 bytes.
+  const __m512i halves = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m512i x = _mm512_permutexvar_epi64(halves, (__m512i)a);
+  const __m512i y = _mm512_permutexvar_epi64(halves, (__m512i)b);
+  vec(to) = (Vec<Pair>)_mm512_unpacklo_epi16(x, y);
+  vec(to + 16) = (Vec<Pair>)_mm512_unpackhi_epi16(x, y);
 }
 
 inline bool all_finite(const Pair* x, int64_t n) {

@@ -28,11 +28,13 @@ constexpr int64_t padded(int64_t width) {  // to whole vectors
 struct KeyRows {
   const char* at[kKeyBlock];
   int64_t count;
+  bool even;  // whether a row's distance to the next is the cache's own in every 16 keys
 
   KeyRows() = default;
   KeyRows(const Attention& a, const Rows& cache, const Sequence& s, int64_t first, int64_t count)
       : count(count) {
     int64_t position = s.k_begin + first;
+    even = s.pages == nullptr || (a.page_size % 16 == 0 && position % 16 == 0);
     if (s.pages == nullptr) {
       for (int64_t j = 0; j < count; ++j) at[j] = cache.at(s.k_batch, position + j, 0);
       return;
@@ -68,13 +70,18 @@ struct KeyTile {
   }
 
   void load(const KeyRows& keys, const Rows& cache, int64_t head) {
-    if (width != ld) return load_as<void>(keys, cache, head);
-    if constexpr (std::is_same_v<U, float>) {
-      if (cache.dtype == ScalarType::BFloat16) return load_as<FromBFloat16>(keys, cache, head);
-      if (cache.dtype == ScalarType::Half) return load_as<FromHalf>(keys, cache, head);
-      if (cache.dtype != ScalarType::Float) return load_as<void>(keys, cache, head);
-    }
-    load_as<Raw<U>>(keys, cache, head);
+    const bool direct = width == ld && with_reader<U>(cache.dtype, [&](auto reader) {
+                          load_as<decltype(reader)>(keys, cache, head);
+                        });
+    if (!direct) load_as<void>(keys, cache, head);
+  }
+
+  // The keys as they are, [key][ld], in `transposed`.
+  void copy(const KeyRows& keys, const Rows& cache, int64_t head) {
+    const int64_t row = ld / kDepth<U>;
+    fill<U>(transposed, round_up(keys.count, 32) * row, U{});
+    for (int64_t j = 0; j < keys.count; ++j)
+      load_row(keys.at[j] + head * cache.head, cache.dtype, width, transposed + j * row);
   }
 
   bool finite(int64_t keys) const { return all_finite(rows, round_up(keys, 32) / kDepth<U> * ld); }
@@ -120,10 +127,9 @@ struct KeyTile {
   }
 };
 
-// Few rows take their scores with the keys as the left side: no transpose of K for so little use.
-// The sums are the same.
-inline bool by_keys(const Attention& a, int64_t rows) {
-  return FA3NPU_AMX && rows <= kFewRows && a.qv.data == nullptr;
+// Whether a tile takes the loop of few rows.
+inline bool few_rows(const Attention& a, int64_t rows) {
+  return rows <= kFewRows && a.qv.data == nullptr;
 }
 
 template <class T>
@@ -145,8 +151,7 @@ struct QueryTile {
   const Attention& a;
   const Sequence& s;
   int64_t sequence, head_k, first, rows;
-  U *q, *qv;               // [row][ld], [row][ld_v], zero past headdim and headdim_v
-  U* q_columns = nullptr;  // q as [ld][kFewRows], where that is the right side of the scores
+  U *q, *qv;  // [row][ld], [row][ld_v], zero past headdim and headdim_v
   int64_t ld, ld_v;
   int64_t* position;
   KeyRange* keys;
@@ -167,15 +172,6 @@ struct QueryTile {
     keys = arena.take<KeyRange>(a.row_tile);
     slope = arena.take<T>(a.row_tile);
     load();
-  }
-
-  // For scores_by_keys.
-  void take_columns(Arena& arena) {
-    q_columns = arena.take<U>(ld * kFewRows);
-    fill<U>(q + rows * ld, (kFewRows - rows) * ld, U{});
-    for (int64_t c = 0; c < ld; c += kFewRows)
-      transpose<U>([&](int64_t r) { return vec(q + r * ld + c); }, q_columns + c * kFewRows,
-                   kFewRows);
   }
 
   int64_t head(int64_t r) const { return head_k * a.group() + (first + r) % a.group(); }
@@ -214,33 +210,6 @@ struct QueryTile {
     if (qv)
       product<U>(count, columns, units<U>(a.headdim_v), {qv + begin * ld_v, ld_v, 1}, v.transposed,
                  kKeyBlock, to, kKeyBlock, true);
-  }
-
-  // The same of few rows, by way of copies of the keys in `spare`: a tile is loaded slowly from
-  // rows that lie a power of two apart.
-  void scores_by_keys(const KeyRows& keys, const Rows& cache, int64_t columns, U* spare,
-                      T* to) const {
-#if FA3NPU_AMX
-    constexpr int64_t kKeys = 64;
-    for (int64_t j = 0; j < columns; j += kKeys) {
-      for (int64_t i = 0; i < kKeys; ++i) {
-        U* row = spare + i * ld;
-        if (j + i >= keys.count || a.headdim < ld * kDepth<U>) fill<U>(row, ld, U{});
-        if (j + i >= keys.count) continue;
-        const char* from = keys.at[j + i] + head_k * cache.head;
-        if (a.headdim == ld * kDepth<U>)
-          for (int64_t c = 0; c < ld; c += kLanes<U>)
-            vec(row + c) = Raw<U>::vector(from + c * sizeof(U));
-        else
-          load_row(from, cache.dtype, a.headdim, row);
-      }
-      alignas(64) T by_key[kKeys * kFewRows];
-      product<U>(kKeys, kFewRows, ld, {spare, ld, 1}, q_columns, kFewRows, by_key, kFewRows, false);
-      for (int64_t i = 0; i < kKeys; i += kFewRows)
-        transpose<T>([&](int64_t key) { return vec(by_key + (i + key) * kFewRows); }, to + j + i,
-                     kKeyBlock);
-    }
-#endif
   }
 
   // One vector of row r's scores at keys block + lane...: scaled, capped, biased. Masked keys are

@@ -19,6 +19,10 @@ constexpr int64_t units(int64_t numbers) {  // how many U hold them
   return (numbers + kDepth<U> - 1) / kDepth<U>;
 }
 
+struct Nothing {
+  INLINE void operator()() const {}
+};
+
 #if FA3NPU_AMX
 // The instructions of tiles, numbered at compile time. gcc 12's intrinsics do not say which memory
 // they read.
@@ -39,14 +43,16 @@ INLINE void tile_multiply_add() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
-// Eight tiles of 16 rows of 64 bytes. Released in the end: they make thread switches dear.
+// Eight tiles of 64 bytes by 16 rows; those of C and of a single row of tiles of A, the first five,
+// may have fewer. Released in the end: they make thread switches dear.
 struct ProductState {
-  ProductState() {
-    static constexpr struct alignas(64) Tiles {
+  explicit ProductState(int64_t rows = 16) {
+    struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } tiles;
+    for (int i = 0; i < 5; ++i) tiles.rows[i] = rows;
     __asm__ volatile("ldtilecfg %0" ::"m"(tiles));
   }
   ~ProductState() { _tile_release(); }
@@ -59,30 +65,36 @@ INLINE void each(const F& f) {
       INLINE_LAMBDA { (f.template operator()<I>(), ...); }(std::make_integer_sequence<int, N>());
 }
 
+// Up to 64 rows of A, of which every 16 lie evenly.
+struct TilesOfRows {
+  const char* at[4];
+  int64_t row_bytes;
+};
+
 // R x C tiles of 16 x 16 sums, at most four: those of C are the first four registers. Of the
 // shorter side all tiles are held, those of the longer one pass through the registers that are
 // left.
-template <int R, int C>
-INLINE void product_tiles(int64_t depth, const Left<Pair>& a, const Pair* b, int64_t ldb, float* c,
-                          int64_t ldc, bool accumulate) {
-  const int64_t a_bytes = 4 * a.row, b_bytes = 4 * ldb, c_bytes = 4 * ldc;
+template <int R, int C, class F = Nothing>
+INLINE void product_tiles(int64_t depth, const TilesOfRows& a, const Pair* b, int64_t ldb, float* c,
+                          int64_t ldc, bool accumulate, F&& between = F()) {
+  const int64_t b_bytes = 4 * ldb, c_bytes = 4 * ldc;
   const auto sums = [&](int i) INLINE_LAMBDA { return c + i / C * 16 * ldc + i % C * 16; };
   each<R * C>([&]<int I>()
                   INLINE_LAMBDA { accumulate ? tile_load<I>(sums(I), c_bytes) : tile_zero<I>(); });
   for (int64_t k = 0; k < depth; k += 16, b += 16 * ldb) {
-    const auto rows = [&](int r) INLINE_LAMBDA { return a.at + k + 16 * r * a.row; };
     if constexpr (R <= C) {
-      each<R>([&]<int I>() INLINE_LAMBDA { tile_load<4 + I>(rows(I), a_bytes); });
+      each<R>([&]<int I>() INLINE_LAMBDA { tile_load<4 + I>(a.at[I] + 4 * k, a.row_bytes); });
       each<C>([&]<int J>() INLINE_LAMBDA {
         constexpr int next = 4 + R + J % (4 - R);
         tile_load<next>(b + 16 * J, b_bytes);
         each<R>([]<int I>() INLINE_LAMBDA { tile_multiply_add<I * C + J, 4 + I, next>(); });
+        between();
       });
     } else {
       each<C>([&]<int J>() INLINE_LAMBDA { tile_load<4 + J>(b + 16 * J, b_bytes); });
       each<R>([&]<int I>() INLINE_LAMBDA {
         constexpr int next = 4 + C + I % (4 - C);
-        tile_load<next>(rows(I), a_bytes);
+        tile_load<next>(a.at[I] + 4 * k, a.row_bytes);
         each<C>([]<int J>() INLINE_LAMBDA { tile_multiply_add<I * C + J, next, 4 + J>(); });
       });
     }
@@ -92,9 +104,9 @@ INLINE void product_tiles(int64_t depth, const Left<Pair>& a, const Pair* b, int
 
 // All rows of the last step are computed: those past `rows` of C mean nothing. a.col must be 1.
 // Four sums are under way at a time, also where there are few rows or columns.
-template <class U>
+template <class U, class F = Nothing>
 void product(int64_t rows, int64_t columns, int64_t depth, const Left<U>& a, const U* b,
-             int64_t ldb, float* c, int64_t ldc, bool accumulate) {
+             int64_t ldb, float* c, int64_t ldc, bool accumulate, F&& between = F()) {
   constexpr std::integral_constant<int, 1> one;
   constexpr std::integral_constant<int, 2> two;
   constexpr std::integral_constant<int, 4> four;
@@ -102,8 +114,11 @@ void product(int64_t rows, int64_t columns, int64_t depth, const Left<U>& a, con
   const auto all_rows = [&](auto c_tiles) {  // of the next c_tiles * 16 columns
     int64_t r = 0;
     const auto take = [&](auto r_tiles) {
-      product_tiles<r_tiles, c_tiles>(depth, a.from_row(r), b + n, ldb, c + r * ldc + n, ldc,
-                                      accumulate);
+      TilesOfRows x{{}, 4 * a.row};
+      for (int i = 0; i < r_tiles; ++i)
+        x.at[i] = reinterpret_cast<const char*>(a.from_row(r + 16 * i).at);
+      product_tiles<r_tiles, c_tiles>(depth, x, b + n, ldb, c + r * ldc + n, ldc, accumulate,
+                                      between);
       r += 16 * r_tiles;
     };
     if constexpr (c_tiles == 1)
@@ -119,20 +134,22 @@ void product(int64_t rows, int64_t columns, int64_t depth, const Left<U>& a, con
 }
 #else
 struct ProductState {
-  ProductState() {}
+  explicit ProductState(int64_t = 0) {}
 };
 
-template <class U, int R, int C>
-INLINE void product_block(int64_t depth, const Left<U>& a, const U* b, int64_t ldb, Sum<U>* c,
-                          int64_t ldc, bool accumulate) {
+// B as From::vector reads it, rows b_bytes apart.
+template <class U, class From, int R, int C>
+INLINE void product_block(int64_t depth, const Left<U>& a, const char* b, int64_t b_bytes,
+                          Sum<U>* c, int64_t ldc, bool accumulate) {
   typedef Sum<U> T;
+  constexpr int64_t kBytes = From::kElements * From::kBytes;  // of a vector
   Vec<T> acc[R][C];
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < C; ++i)
       acc[r][i] = accumulate ? vec(c + r * ldc + i * kLanes<T>) : Vec<T>{};
   for (int64_t k = 0; k < depth; ++k) {
     Vec<U> x[C];
-    for (int i = 0; i < C; ++i) x[i] = vec(b + k * ldb + i * kLanes<U>);
+    for (int i = 0; i < C; ++i) x[i] = From::vector(b + k * b_bytes + i * kBytes);
     for (int r = 0; r < R; ++r)
       for (int i = 0; i < C; ++i) multiply_add(acc[r][i], a.at[r * a.row + k * a.col], x[i]);
   }
@@ -140,24 +157,28 @@ INLINE void product_block(int64_t depth, const Left<U>& a, const U* b, int64_t l
     for (int i = 0; i < C; ++i) vec(c + r * ldc + i * kLanes<T>) = acc[r][i];
 }
 
-template <class U, int R>
-INLINE void product_rows(int64_t columns, int64_t depth, const Left<U>& a, const U* b, int64_t ldb,
-                         Sum<U>* c, int64_t ldc, bool accumulate) {
-  constexpr int C = FA3NPU_VECTORS;
+template <class U, class From, int R>
+INLINE void product_rows(int64_t columns, int64_t depth, const Left<U>& a, const char* b,
+                         int64_t b_bytes, Sum<U>* c, int64_t ldc, bool accumulate) {
   int64_t n = 0;
-  for (; n + C * kLanes<U> <= columns; n += C * kLanes<U>)
-    product_block<U, R, C>(depth, a, b + n, ldb, c + n, ldc, accumulate);
-  for (; n < columns; n += kLanes<U>)
-    product_block<U, R, 1>(depth, a, b + n, ldb, c + n, ldc, accumulate);
+  const auto take = [&](auto vectors) {  // as many as fit, so that sums of them run side by side
+    constexpr int C = decltype(vectors)::value;
+    for (; n + C * kLanes<U> <= columns; n += C * kLanes<U>)
+      product_block<U, From, R, C>(depth, a, b + n * From::kBytes * kDepth<U>, b_bytes, c + n, ldc,
+                                   accumulate);
+  };
+  take(std::integral_constant<int, FA3NPU_VECTORS>());
+  if constexpr (FA3NPU_VECTORS > 2) take(std::integral_constant<int, 2>());
+  take(std::integral_constant<int, 1>());
 }
 
-template <class U>
-void product(int64_t rows, int64_t columns, int64_t depth, const Left<U>& a, const U* b,
-             int64_t ldb, Sum<U>* c, int64_t ldc, bool accumulate) {
+template <class From, class U>
+void product_from(int64_t rows, int64_t columns, int64_t depth, const Left<U>& a, const char* b,
+                  int64_t b_bytes, Sum<U>* c, int64_t ldc, bool accumulate) {
   int64_t r = 0;
   const auto next = [&](auto n) {  // together, so that B is read once
-    product_rows<U, decltype(n)::value>(columns, depth, a.from_row(r), b, ldb, c + r * ldc, ldc,
-                                        accumulate);
+    product_rows<U, From, decltype(n)::value>(columns, depth, a.from_row(r), b, b_bytes,
+                                              c + r * ldc, ldc, accumulate);
   };
   for (; r + FA3NPU_ROWS <= rows; r += FA3NPU_ROWS)
     next(std::integral_constant<int, FA3NPU_ROWS>());
@@ -173,6 +194,13 @@ void product(int64_t rows, int64_t columns, int64_t depth, const Left<U>& a, con
     case 5:
       return next(std::integral_constant<int, 5>());
   }
+}
+
+template <class U, class F = Nothing>
+void product(int64_t rows, int64_t columns, int64_t depth, const Left<U>& a, const U* b,
+             int64_t ldb, Sum<U>* c, int64_t ldc, bool accumulate, F&& = F()) {
+  product_from<Raw<U> >(rows, columns, depth, a, reinterpret_cast<const char*>(b), ldb * sizeof(U),
+                        c, ldc, accumulate);
 }
 #endif
 
@@ -196,14 +224,15 @@ __attribute__((noinline)) void take_non_finite(int64_t rows, int64_t columns, in
 // C += A B, where B has no gaps between its rows and a row of A is zero at what it does not
 // see(row, depth): not even a NaN comes from there. `spare` is for a copy of a B that is not
 // finite.
-template <class U, class Sees>
+template <class U, class Sees, class F = Nothing>
 void add_product(int64_t rows, int64_t columns, int64_t depth, const Left<U>& a, const U* b,
-                 Sum<U>* c, int64_t ldc, bool finite, U* spare, const Sees& sees) {
+                 Sum<U>* c, int64_t ldc, bool finite, U* spare, const Sees& sees,
+                 F&& between = F()) {
   if (!finite) {
     const int64_t whole = kDepth<U> == 1 ? depth : round_up(depth, 16);
     __builtin_memcpy(spare, b, sizeof(U) * columns * whole);
     take_non_finite(rows, columns, depth, a, spare, c, ldc, sees);
     b = spare;
   }
-  product(rows, columns, depth, a, b, columns, c, ldc, true);
+  product(rows, columns, depth, a, b, columns, c, ldc, true, between);
 }

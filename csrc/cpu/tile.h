@@ -13,6 +13,8 @@
 #include "cpu/convert.h"
 #include "cpu/product.h"
 #include "cpu/operands.h"
+#include "cpu/softmax.h"
+#include "cpu/decode.h"
 #include "cpu/forward.h"
 #include "cpu/backward.h"
 // clang-format on

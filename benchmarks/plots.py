@@ -29,7 +29,7 @@ def pick(entries: list[Entry], group: str, threads: int) -> list[Entry]:
 def bars(axes: Any, entries: list[Entry], title: str, short: Callable[[Workload], str]) -> None:
     """A group of bars for each row, one bar a peer, and the machine's limit as a line."""
     peers = [p for p in EVERYONE if any(seconds(e, p) for e in entries)]
-    width = 0.8 / len(peers)
+    width = 0.8 / max(len(peers), 1)  # where every peer failed, the limit is still drawn
     for i, peer in enumerate(peers):
         values = []
         for entry in entries:

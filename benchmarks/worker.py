@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mmap import mmap
     from multiprocessing.connection import Connection
 
-    from peers import Call, Peer
+    from peers.base import Call, Peer
 
 METER = "limits"  # the worker that measures the machine
 TOLERANCE = {"bfloat16": 1.5e-2, "float16": 2e-3, "float32": 1e-5}  # of the largest element
@@ -137,7 +137,7 @@ class Bench:
 
     def calls(self, row: Workload, form: str) -> list[Call]:
         """Decodes read the arena; a warm one always the same part of it."""
-        from peers import make_inputs
+        from peers.base import make_inputs
 
         memory = None
         if row.kind == "decode":
@@ -158,7 +158,7 @@ class Bench:
 
     def time(self, row: Workload) -> Timing | str:
         """The fastest form's time, or why there is none."""
-        from peers import Unsupported
+        from peers.base import Unsupported
 
         try:
             forms = self.peer.forms(row)
@@ -182,18 +182,14 @@ class Bench:
 
     def memory(self, row: Workload) -> int | str:
         """Bytes that the first call of this size takes beyond its output, at its peak."""
-        from peers import Unsupported
+        from peers.base import Unsupported, dense_caches, make_inputs
 
         try:
             form = self.peer.forms(row)[0]
             small = row.small()
-            from peers import make_inputs
-
             self.peer.calls(small, form, make_inputs(small))[0]()  # threads, libraries
             inputs = make_inputs(row, self.arena[: row.cache_bytes])
             if row.kind == "prefill":
-                from peers import dense_caches
-
                 inputs.k, inputs.v = dense_caches(row, inputs)[0]
             call = self.peer.calls(row, form, inputs)[0]
         except Unsupported as why:
@@ -208,7 +204,7 @@ class Bench:
 def max_error(peer: Peer, row: Workload, form: str) -> float:
     """Against float64, as a part of the largest element."""
     import torch
-    from peers import cu_seqlens, make_inputs, training, window_size
+    from peers.base import cu_seqlens, make_inputs, training, window_size
 
     from fa3_ops import reference
 

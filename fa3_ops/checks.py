@@ -16,18 +16,17 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, tor
 MAX_HEADDIM = 512
 
 
-def wrong_shape(t: Tensor, expected: Sequence[object], name: str) -> ValueError:
+def shape(t: Tensor, expected: Sequence[object], name: str) -> torch.Size:
+    """The shape of t, if it is the expected one; a string in that names a free dimension."""
+    sizes = t.shape
+    if len(sizes) == len(expected):
+        for i, want in enumerate(expected):
+            if type(want) is not str and sizes[i] != want:
+                break
+        else:
+            return sizes
     wanted = ", ".join(map(str, expected)) + ("," if len(expected) == 1 else "")
-    return ValueError(f"{name} must have shape ({wanted}), got {tuple(t.shape)}")
-
-
-def shape(t: Tensor, expected: Sequence[object], name: str) -> None:
-    """Raises ValueError unless t has the expected shape; a string in it names a free dimension."""
-    if t.dim() != len(expected) or any(
-        not isinstance(want, str) and got != want
-        for got, want in zip(t.shape, expected, strict=True)
-    ):
-        raise wrong_shape(t, expected, name)
+    raise ValueError(f"{name} must have shape ({wanted}), got {tuple(sizes)}")
 
 
 def dtype(t: Tensor, expected: torch.dtype, name: str, why: str = "") -> None:
@@ -48,8 +47,8 @@ def lengths(t: Tensor | None, size: object, name: str) -> None:
         return
     dtype(t, torch.int32, name)
     sizes = t.shape
-    if len(sizes) != 1 or (not isinstance(size, str) and sizes[0] != size):
-        raise wrong_shape(t, (size,), name)
+    if len(sizes) != 1 or (type(size) is not str and sizes[0] != size):  # a loop costs more
+        shape(t, (size,), name)
 
 
 def values(t: Tensor | None) -> list[int] | None:
@@ -135,52 +134,37 @@ def attention(
         raise TypeError(f"q must have one of the dtypes {names}, got {q_dtype}")
     dtype(k, q_dtype, k_name, " like q")
     dtype(v, q_dtype, v_name, " like q")
-    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
 
     if cu_seqlens_q is None:
-        if len(q_shape) != 4:
-            raise wrong_shape(q, ("batch_size", "seqlen_q", "nheads", "headdim"), "q")
-        batch_size = q_shape[0]
+        q_shape = shape(q, ("batch_size", "seqlen_q", "nheads", "headdim"), "q")
+        batch_size, _, nheads, headdim = q_shape
     else:
-        if len(q_shape) != 3:
-            raise wrong_shape(q, ("total_q", "nheads", "headdim"), "q")
+        q_shape = shape(q, ("total_q", "nheads", "headdim"), "q")
+        _, nheads, headdim = q_shape
         lengths(cu_seqlens_q, "batch_size + 1", "cu_seqlens_q")
         if max_seqlen_q is None:
             raise ValueError("max_seqlen_q must be given with cu_seqlens_q, got None")
         batch_size = cu_seqlens_q.shape[0] - 1
-    nheads, headdim = q_shape[-2], q_shape[-1]
 
     if cu_seqlens_k is not None:
         if page_table is not None:
             raise ValueError("page_table must be None when cu_seqlens_k is given, got a tensor")
         if max_seqlen_k is None:
             raise ValueError("max_seqlen_k must be given with cu_seqlens_k, got None")
-        if len(k_shape) != 3 or k_shape[2] != headdim:
-            raise wrong_shape(k, ("total_k", "nheads_k", headdim), k_name)
-        if len(v_shape) != 3 or v_shape[0] != k_shape[0] or v_shape[1] != k_shape[1]:
-            raise wrong_shape(v, (k_shape[0], k_shape[1], "headdim_v"), v_name)
+        total_k, nheads_k, _ = shape(k, ("total_k", "nheads_k", headdim), k_name)
+        headdim_v = shape(v, (total_k, nheads_k, "headdim_v"), v_name)[-1]
         lengths(cu_seqlens_k, batch_size + 1, "cu_seqlens_k")
     else:
         rows = batch_size if cache_batch_idx is None else "batch_size_cache"
-        if page_table is not None:
-            if len(k_shape) != 4 or k_shape[3] != headdim:
-                raise wrong_shape(k, ("num_pages", "page_size", "nheads_k", headdim), k_name)
+        if page_table is None:
+            k_shape = shape(k, (rows, "seqlen_k", "nheads_k", headdim), k_name)
+        else:
+            k_shape = shape(k, ("num_pages", "page_size", "nheads_k", headdim), k_name)
             dtype(page_table, torch.int32, "page_table")
             shape(page_table, (rows, "max_num_pages_per_seq"), "page_table")
-        elif (
-            len(k_shape) != 4
-            or k_shape[3] != headdim
-            or (cache_batch_idx is None and k_shape[0] != batch_size)
-        ):
-            raise wrong_shape(k, (rows, "seqlen_k", "nheads_k", headdim), k_name)
-        if (
-            len(v_shape) != 4
-            or v_shape[0] != k_shape[0]
-            or v_shape[1] != k_shape[1]
-            or v_shape[2] != k_shape[2]
-        ):
-            raise wrong_shape(v, (*k_shape[:3], "headdim_v"), v_name)
-    nheads_k, headdim_v = k_shape[-2], v_shape[-1]
+            same_device(q, {"page_table": page_table})
+        first, keys, nheads_k, _ = k_shape
+        headdim_v = shape(v, (first, keys, nheads_k, "headdim_v"), v_name)[-1]
 
     if nheads_k == 0 or nheads % nheads_k != 0:
         raise ValueError(
@@ -193,6 +177,7 @@ def attention(
     if qv is not None:
         shape(qv, (*q_shape[:-1], headdim_v), "qv")
         dtype(qv, q_dtype, "qv", " like q")
+        same_device(q, {"qv": qv})
 
     lengths(seqused_q, batch_size, "seqused_q")
     lengths(seqused_k, batch_size, seqused_k_name)
@@ -212,15 +197,18 @@ def attention(
         per_batch = (batch_size, nheads) if alibi_slopes.dim() == 2 else (nheads,)
         shape(alibi_slopes, per_batch, "alibi_slopes")
         dtype(alibi_slopes, torch.float32, "alibi_slopes")
+        same_device(q, {"alibi_slopes": alibi_slopes})
     if sinks is not None:
         shape(sinks, (nheads,), "sinks")
         if not sinks.is_floating_point():
             raise TypeError(f"sinks must have a floating-point dtype, got {sinks.dtype}")
+        same_device(q, {"sinks": sinks})
     if out is not None:
         shape(out, (*q_shape[:-1], headdim_v), "out")
         fp8 = q_dtype is torch.float8_e4m3fn
         dtype(out, torch.bfloat16 if fp8 else q_dtype, "out")
         contiguous_rows(out, "out")
+        same_device(q, {"out": out})
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise ValueError("out must be None where a gradient is needed, got a tensor")
     softmax(softmax_scale, window_size, attention_chunk, softcap)
@@ -230,17 +218,12 @@ def attention(
     others = {
         k_name: k,
         v_name: v,
-        "qv": qv,
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
         "seqused_q": seqused_q,
         seqused_k_name: seqused_k,
         "cache_batch_idx": cache_batch_idx,
         "cache_leftpad": cache_leftpad,
-        "page_table": page_table,
-        "alibi_slopes": alibi_slopes,
-        "sinks": sinks,
-        "out": out,
     }
     same_device(q, others)
     return batch_size

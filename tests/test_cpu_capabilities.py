@@ -6,26 +6,17 @@ instruction set and never compared across two.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 
 import fa3_ops  # noqa: F401
 
 HERE = Path(__file__).parent
 FILES = ("test_bitwise", "test_consistency", "test_operators", "test_golden")
 CAPABILITY = "import torch, fa3_ops; print(torch.ops.fa3npu.cpu_capability())"
-
-
-def run(code: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | variables
-    return subprocess.run(
-        [sys.executable, *code], capture_output=True, text=True, env=environment, check=False
-    )
 
 
 @pytest.mark.parametrize("capability", torch.ops.fa3npu.cpu_capabilities().split(", "))
@@ -35,13 +26,11 @@ def test_contract_and_numbers(capability: str) -> None:
         "FA3NPU_TEST_SHARE": "10",
         "OMP_WAIT_POLICY": "PASSIVE",  # up to 8 threads wait for one another, on any number of cores
     }
-    assert run(["-c", CAPABILITY], **forced).stdout.split() == [capability]
-    result = run(
-        [
-            *("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5"),
-            *("-k", "not reference_means"),  # which calls no kernel
-            *(str(HERE / f"{name}.py") for name in FILES),
-        ],
+    assert python("-c", CAPABILITY, **forced).stdout.split() == [capability]
+    result = python(
+        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5"),
+        *("-k", "not reference_means"),  # which calls no kernel
+        *(str(HERE / f"{name}.py") for name in FILES),
         **forced,
     )
     assert result.returncode == 0, f"{capability}:\n{result.stdout}{result.stderr}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from sample_inputs import ints, rand
+from sample_inputs import appending, cached, dense, ints, rand, varlen
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -23,22 +23,11 @@ ops = torch.ops.fa3npu
 
 
 def decode(**changes: Any) -> dict[str, Any]:
-    call = {"q": rand(2, 1, 4, 16), "k_cache": rand(2, 8, 2, 16), "v_cache": rand(2, 8, 2, 16)}
-    return call | {"cache_seqlens": ints(5, 2), "causal": True} | changes
+    return cached(1, causal=True) | changes
 
 
-def dense(**changes: Any) -> dict[str, Any]:
-    return {"q": rand(2, 3, 4, 16), "k": rand(2, 5, 2, 16), "v": rand(2, 5, 2, 16)} | changes
-
-
-def varlen(**changes: Any) -> dict[str, Any]:
-    call = {"q": rand(7, 4, 16), "k": rand(9, 2, 16), "v": rand(9, 2, 16)}
-    lengths = {"cu_seqlens_q": ints(0, 3, 7), "cu_seqlens_k": ints(0, 4, 9)}
-    return call | lengths | {"max_seqlen_q": 4, "max_seqlen_k": 5} | changes
-
-
-def appending(**changes: Any) -> dict[str, Any]:
-    return decode(k=rand(2, 1, 2, 16), v=rand(2, 1, 2, 16)) | changes
+def append(**changes: Any) -> dict[str, Any]:
+    return appending(1, causal=True) | changes
 
 
 def paged_varlen() -> dict[str, Any]:
@@ -55,7 +44,7 @@ CALLS: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]], str]] 
         lambda: decode(out=torch.empty(2, 1, 4, 16)),
         "flash_attn_with_kvcache.out",
     ),
-    "append": (fa3_ops.flash_attn_with_kvcache, appending, "flash_attn_with_kvcache"),
+    "append": (fa3_ops.flash_attn_with_kvcache, append, "flash_attn_with_kvcache"),
     "dense": (fa3_ops.flash_attn_func, dense, "flash_attn_func"),
     "varlen": (fa3_ops.flash_attn_varlen_func, varlen, "flash_attn_varlen_func"),
     "paged varlen": (fa3_ops.flash_attn_varlen_func, paged_varlen, "flash_attn_kvcache"),
@@ -294,12 +283,12 @@ def test_what_it_leaves_out() -> None:
 
     attend, appended = {"flash_attn_kvcache"}, {"flash_attn_with_kvcache", "kvcache_append_"}
     assert operators(fa3_ops.flash_attn_with_kvcache, decode()) == attend
-    assert operators(fa3_ops.flash_attn_with_kvcache, appending()) == attend | appended
+    assert operators(fa3_ops.flash_attn_with_kvcache, append()) == attend | appended
 
 
 def test_an_append_is_refused_before_it_writes() -> None:
     """An int that the schema cannot take is no other type."""
-    call = appending(attention_chunk=2**70)
+    call = append(attention_chunk=2**70)
     before = call["k_cache"].clone()
     with pytest.raises(RuntimeError, match="attention_chunk"):
         fa3_ops.flash_attn_with_kvcache(**call)
@@ -314,7 +303,7 @@ def test_an_append_is_refused_before_it_writes() -> None:
         ({"pack_gqa": "yes"}, "'pack_gqa' but instead found type 'str'"),
     ],
 )
-@pytest.mark.parametrize("inputs", [decode, appending])
+@pytest.mark.parametrize("inputs", [decode, append])
 def test_wrong_types_get_the_operators_own_error(inputs: Any, change: Any, found: str) -> None:
     call = inputs()
     before = call["k_cache"].clone()

@@ -9,30 +9,11 @@ from typing import Any
 import pytest
 import torch
 from expecttest import TestCase
-from sample_inputs import fp8, ints, rand, rotary
+from sample_inputs import appending, cached, dense, fp8, ints, rand, rotary, varlen
 
 import fa3_ops
 
 ops = torch.ops.fa3npu
-
-
-def dense(**changes: Any) -> dict[str, Any]:
-    return {"q": rand(2, 3, 4, 16), "k": rand(2, 5, 2, 16), "v": rand(2, 5, 2, 16)} | changes
-
-
-def varlen(**changes: Any) -> dict[str, Any]:
-    call = {"q": rand(7, 4, 16), "k": rand(9, 2, 16), "v": rand(9, 2, 16)}
-    lengths = {"cu_seqlens_q": ints(0, 3, 7), "cu_seqlens_k": ints(0, 4, 9)}
-    return call | lengths | {"max_seqlen_q": 4, "max_seqlen_k": 5} | changes
-
-
-def cached(**changes: Any) -> dict[str, Any]:
-    call = {"q": rand(2, 3, 4, 16), "k_cache": rand(2, 8, 2, 16), "v_cache": rand(2, 8, 2, 16)}
-    return call | {"cache_seqlens": ints(5, 2)} | changes
-
-
-def appending(**changes: Any) -> dict[str, Any]:
-    return cached(k=rand(2, 3, 2, 16), v=rand(2, 3, 2, 16)) | changes
 
 
 def paged(**changes: Any) -> dict[str, Any]:

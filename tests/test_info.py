@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from processes import python
 
 import fa3_ops
 from fa3_ops import info
@@ -19,15 +18,8 @@ from fa3_ops.backends.npu import device as npu_device
 from fa3_ops.backends.npu.device import Kernel
 
 
-def run(code: list[str], capability: str = "") -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"FA3NPU_CPU_CAPABILITY": capability}
-    return subprocess.run(
-        [sys.executable, *code], capture_output=True, text=True, env=environment, check=False
-    )
-
-
 def test_report() -> None:
-    printed = run(["-m", "fa3_ops"]).stdout.splitlines()
+    printed = python("-m", "fa3_ops").stdout.splitlines()
     rows = dict(line.split(maxsplit=1) for line in printed if line.startswith("  "))
     assert [line for line in printed if line and not line.startswith(" ")] == [
         "Versions",
@@ -44,13 +36,11 @@ def test_report() -> None:
 def test_report_does_not_import_torch_npu(tmp_path: Path) -> None:
     """Where CANN is missing, importing it fails."""
     (tmp_path / "torch_npu.py").write_text("raise SystemExit('imported')")
-    environment = os.environ | {
+    variables = {
         "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
     }
-    printed = subprocess.run(
-        [sys.executable, "-m", "fa3_ops"], capture_output=True, text=True, env=environment
-    ).stdout
+    printed = python("-m", "fa3_ops", **variables).stdout
     assert "torch_npu is installed and was not imported with torch" in printed
 
 
@@ -77,18 +67,18 @@ def test_without_torch_npu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_help_names_the_commands() -> None:
-    printed = run(["-m", "fa3_ops", "--help"])
+    printed = python("-m", "fa3_ops", "--help")
     assert printed.returncode == 0
     assert "consistency" in printed.stdout
     assert "doctor" in printed.stdout
 
 
 def test_instruction_set_can_be_forced() -> None:
-    code = ["-c", "import torch, fa3_ops; print(torch.ops.fa3npu.cpu_capability())"]
+    code = "import torch, fa3_ops; print(torch.ops.fa3npu.cpu_capability())"
     names = torch.ops.fa3npu.cpu_capabilities()
     best, last = names.split(", ")[0], names.split(", ")[-1]
-    assert run(code).stdout.strip() == best
-    assert run(code, last).stdout.strip() == last
-    wrong = run(code, "MMX")
+    assert python("-c", code, FA3NPU_CPU_CAPABILITY="").stdout.strip() == best
+    assert python("-c", code, FA3NPU_CPU_CAPABILITY=last).stdout.strip() == last
+    wrong = python("-c", code, FA3NPU_CPU_CAPABILITY="MMX")
     assert wrong.returncode != 0
     assert f"FA3NPU_CPU_CAPABILITY must be one of {names} on this machine, got MMX" in wrong.stderr

@@ -60,6 +60,8 @@ struct FewRows {
     }
 #else
     k.load(keys, cache, q.head_k);
+    ahead();
+    ahead();
     q.scores(0, q.rows, kStep, k, k, scores + j);
 #endif
   }
@@ -78,10 +80,12 @@ struct FewRows {
     if constexpr (kDepth<U> == 1) {  // Pairs are not of one row
       const bool in_place = all_see && keys.even && keys.count == kStep && v.width == v.ld;
       const auto multiply = [&](auto reader) {
-        for (int64_t i = 0; i < kStep; i += 16)
+        for (int64_t i = 0; i < kStep; i += 16) {
+          ahead();
           product_from<decltype(reader), U>(q.rows, v.width, 16, {left.at + i, p_ld, 1},
                                             keys.at[i] + q.head_k * cache.head, cache.row,
                                             state.out, state.ld, true);
+        }
       };
       if (in_place && with_reader<U>(cache.dtype, multiply)) return;
     }
@@ -136,7 +140,7 @@ void forward_few_(const Attention& a, const RowTile* tiles, int64_t count, int64
     }
     for (int64_t i = 0; i < count; ++i) heads[i].take_softmax(block, columns);
     const ProductState product_state(q.rows);
-    steps(a.v, block, columns, a.headdim_v, (a.headdim_v + 15) / 16,
+    steps(a.v, block, columns, a.headdim_v, FA3NPU_AMX ? (a.headdim_v + 15) / 16 : kStep / 16,
           [&](const FewRows<U>& head, const KeyRows& keys, int64_t j, Ahead ahead)
               INLINE_LAMBDA { head.add_values(keys, block, j, v, ahead); });
   }

@@ -60,6 +60,18 @@ std::string shape_of(const Tensor& t) {
   return text + (t.dim() == 1 ? ",)" : ")");
 }
 
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;)
+    strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  AtenTensorHandle tensor;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      sizes.size(), sizes.data(), strides.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &tensor));
+  return Tensor(tensor);
+}
+
 Rows rows_of(const Tensor& t) {
   const int64_t bytes = element_size(t.scalar_type());
   Rows rows;
@@ -309,9 +321,9 @@ std::tuple<Tensor, Tensor> AttentionCall::forward(MaybeTensor out) {
     FA3_CHECK(out->stride(-1) == 1 || out->size(-1) == 1,
               "out must have a contiguous last dimension, got stride ", out->stride(-1));
   } else {
-    out = torch::stable::new_empty(q_, shape, dtype);
+    out = empty(shape, dtype);
   }
-  Tensor lse = torch::stable::new_empty(q_, lse_shape(), ScalarType::Float);
+  Tensor lse = empty(lse_shape(), ScalarType::Float);
   if (!covers_q()) {
     torch::stable::zero_(*out);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());

@@ -95,6 +95,9 @@ class AttentionCall {
   std::vector<Tensor> kept_;
 };
 
+// A new contiguous CPU tensor; torch::stable::new_empty looks its operator up by name each time.
+Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype);
+
 Rows rows_of(const Tensor& t);
 Tensor contiguous_rows(const Tensor& t);  // t, or a copy whose last dimension is contiguous
 

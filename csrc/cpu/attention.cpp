@@ -194,8 +194,11 @@ int64_t choose_together(const Attention& a, int64_t threads) {
   if (a.qv.data) return 1;
   int64_t chunks = 0;
   for (int64_t b = 0; b < a.batch_size; ++b) {
-    if (a.sequences[b].q_len * a.group() > kFewRows) return 1;  // several tiles, or large ones
-    chunks += (a.sequences[b].k_len + kChunk - 1) / kChunk;
+    const int64_t rows = a.sequences[b].q_len * a.group();
+    if (rows > kFewRows) return 1;  // several tiles, or large ones
+    if (rows == 0) continue;
+    const Chunks seen = chunks_of(a, {b, 0, 0, rows});
+    chunks += seen.end - seen.begin;
   }
   int64_t together = 1;
   while (together < kMost && a.nheads_k % (2 * together) == 0 &&

@@ -77,7 +77,8 @@ struct FewRows {
     const Rows& cache = q.a.v;
     const bool all_see = q.all_see(block, 0, q.rows);
     const Left<U> left{p + j / kDepth<U>, p_ld, 1};
-    if constexpr (kDepth<U> == 1) {  // Pairs are not of one row
+#if !FA3NPU_AMX
+    if constexpr (kDepth<U> == 1) {  // Pairs are of two rows
       const bool in_place = all_see && keys.even && keys.count == kStep && v.width == v.ld;
       const auto multiply = [&](auto reader) {
         for (int64_t i = 0; i < kStep; i += 16) {
@@ -89,6 +90,7 @@ struct FewRows {
       };
       if (in_place && with_reader<U>(cache.dtype, multiply)) return;
     }
+#endif
     v.load(keys, cache, q.head_k);
     add_product<U>(
         q.rows, v.ld, kStep / kDepth<U>, left, v.rows, state.out, state.ld,

@@ -74,12 +74,6 @@ struct Attention {
   int64_t row_capacity() const { return round_up(row_tile, 32); }  // of a tile's buffers
   int64_t state_ld() const { return round_up(headdim_v, 32); }
 
-  const char* key_row(const Rows& cache, const Sequence& s, int64_t j, int64_t head) const {
-    const int64_t position = s.k_begin + j;
-    if (s.pages == nullptr) return cache.at(s.k_batch, position, head);
-    return cache.at(s.pages[position / page_size], position % page_size, head);
-  }
-
   // The keys that query row i sees: every mask of FlashAttention is one interval per row, aligned
   // bottom-right, and both ends grow with i.
   KeyRange visible(const Sequence& s, int64_t i) const {

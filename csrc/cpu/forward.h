@@ -1,28 +1,6 @@
 // The forward pass: attention of a tile of query rows to one chunk of keys, and what becomes of the
 // partial results.
 
-// Asks for the keys and values of [begin, end) ahead of their use, in even portions.
-struct Prefetch {
-  const Attention& a;
-  const RowTile& tile;
-  int64_t begin, end, portions, done = 0;
-
-  void next() {
-    const int64_t size = end - begin, from = begin + size * done / portions;
-    const int64_t to = begin + size * ++done / portions;
-    for (int64_t j = from; j < to; ++j) {
-      row(a.k, j, a.headdim);
-      row(a.v, j, a.headdim_v);
-    }
-  }
-
- private:
-  void row(const Rows& cache, int64_t j, int64_t width) const {
-    const char* at = a.key_row(cache, a.sequences[tile.sequence], j, tile.head_k);
-    for (int64_t i = 0; i < width * cache.element; i += 64) __builtin_prefetch(at + i, 0, 2);
-  }
-};
-
 template <class U>
 void forward_chunk_(const Attention& a, const RowTile* tiles, int64_t count, int64_t chunk,
                     char* states, char* scratch) {
@@ -57,7 +35,6 @@ void forward_chunk_(const Attention& a, const RowTile* tiles, int64_t count, int
       work(blocks[n], block, least(kKeyBlock, end - block));
   };
   const int64_t panel_keys = panel_blocks * kKeyBlock;
-  const int64_t last = least(s.k_len, visible(a, tile).end);
   for (int64_t panel = chunk * kChunk; panel < end; panel += panel_keys) {
     blocks_from(panel, [&](Block& b, int64_t block, int64_t keys) {
       if (!q.any_sees(block, 0, q.rows)) return;
@@ -65,11 +42,8 @@ void forward_chunk_(const Attention& a, const RowTile* tiles, int64_t count, int
       b.v.load(KeyRows(a, a.v, s, block, keys), a.v, tile.head_k);
       b.finite = q.all_see(block, 0, q.rows) || b.v.finite(keys);
     });
-    Prefetch prefetch{a, tile, least(panel + panel_keys, last), least(panel + 2 * panel_keys, last),
-                      (q.rows + kRowGroup<U> - 1) / kRowGroup<U>};
     for (int64_t begin = 0; begin < q.rows; begin += kRowGroup<U>) {
       const int64_t rows = least(kRowGroup<U>, q.rows - begin);
-      prefetch.next();
       blocks_from(panel, [&](const Block& b, int64_t block, int64_t) {
         if (!q.any_sees(block, begin, rows)) return;
         const int64_t columns = q.columns_of(block, begin, rows);

@@ -6,6 +6,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <limits>
 
@@ -15,7 +16,7 @@ using torch::headeronly::ScalarType;
 
 constexpr int64_t kRowTile = 960;  // most query rows (position x head of a group) of a tile
 constexpr int64_t kChunk = 1024;   // keys per partial result; partial results merge in order
-constexpr int64_t kKeyTile = 256;  // keys whose dk and dv are computed together
+constexpr int64_t kKeyTile = 512;  // most keys whose dk and dv are computed together
 constexpr int64_t kFewRows = 16;   // a tile of at most so many is computed as in a decode
 constexpr int64_t kMaxHeadDim = 512;
 
@@ -73,6 +74,7 @@ struct Attention {
   bool is_double() const { return q.dtype == ScalarType::Double; }
   int64_t row_capacity() const { return round_up(row_tile, 32); }  // of a tile's buffers
   int64_t state_ld() const { return round_up(headdim_v, 32); }
+  int64_t widths() const { return round_up(headdim, 32) + round_up(headdim_v, 32); }
 
   // The keys that query row i sees: every mask of FlashAttention is one interval per row, aligned
   // bottom-right, and both ends grow with i.
@@ -103,6 +105,16 @@ inline KeyRange visible(const Attention& a, const RowTile& t) {
   return {first.begin, last.end};
 }
 
+// The backward's tile of keys, [first, end) of one sequence and KV head.
+struct KeyTask {
+  int64_t sequence, head_k, first, end;
+  char* dq;                     // the sums of all rows of the sequence and KV head
+  std::atomic<int64_t>* turns;  // by row tile: the first key that its dq has not yet
+
+  void wait(int64_t row_tile) const;
+  void done(int64_t row_tile) const;
+};
+
 // The kernels of one instruction set. `scratch` is scratch_bytes(a) of uninitialised memory; a
 // state is state_bytes(a) and holds a partial result: for each row its maximum, sum and unscaled
 // output.
@@ -113,10 +125,9 @@ struct Kernels {
   void (*empty_state)(const Attention& a, char* state);
   void (*merge_state)(const Attention& a, const RowTile& t, char* into, const char* from);
   void (*finish)(const Attention& a, const RowTile& t, const char* state);
-  void (*backward_delta)(const Attention& a, const RowTile& t, char* scratch);
-  void (*backward_dq)(const Attention& a, const RowTile& t, char* scratch);
-  void (*backward_dkdv)(const Attention& a, int64_t sequence, int64_t head_k, int64_t first,
-                        char* scratch);
+  void (*backward_delta)(const Attention& a, int64_t sequence, int64_t begin, int64_t end,
+                         char* scratch);
+  void (*backward_keys)(const Attention& a, const KeyTask& task, char* scratch);
 };
 
 int64_t state_bytes(const Attention& a);  // a multiple of 64

@@ -1,28 +1,42 @@
-// The gradient. P = exp(S - LSE) and dS = P (dP - delta), delta = rowsum(dout out) - dLSE, are
-// computed again for dq and for dk and dv, so that each gradient has one owner and no sum depends
-// on a schedule.
+// The gradient: P = exp(S - LSE), dS = P (dP - delta) and delta = rowsum(dout out) - dLSE. dk and
+// dv of a tile of keys are one thread's; to dq the tiles of keys add in turn. So no sum depends on
+// a schedule.
 
-// delta as the product that dP is: where a row sees one key, dP - delta is then exactly 0.
+// delta of some positions as the product that dP is: where a row sees one key, dP - delta is then
+// exactly 0. A row that sees nothing has its dq here.
 template <class U>
-void backward_delta_(const Attention& a, const RowTile& t, char* scratch) {
+void backward_delta_(const Attention& a, int64_t sequence, int64_t begin, int64_t end,
+                     char* scratch) {
   typedef Sum<U> T;
   constexpr int64_t L = kLanes<T>;
   const ProductState product_state;
-  const Sequence& s = a.sequences[t.sequence];
+  const Sequence& s = a.sequences[sequence];
   const int64_t ld = padded<U>(a.headdim_v) / kDepth<U>;
   Arena arena{scratch};
-  U *dout = arena.take<U>(16 * ld), *out = arena.take<U>(ld), *columns = arena.take<U>(ld * L);
-  T* delta = arena.take<T>(16 * L);
-  for (int64_t r = t.first; r < t.first + t.rows; ++r) {
-    const int64_t i = s.q_begin + r / a.group(), head = t.head_k * a.group() + r % a.group();
-    fill<U>(dout, ld, U{});
-    fill<U>(out, ld, U{});
-    load_row(a.dout.at(s.q_batch, i, head), a.dout.dtype, a.headdim_v, dout);
-    load_row(a.out.at(s.q_batch, i, head), a.out.dtype, a.headdim_v, out);
-    for (int64_t c = 0; c < ld; ++c) fill<U>(columns + c * L, L, out[c]);
-    product<U>(1, L, units<U>(a.headdim_v), {dout, ld, 1}, columns, L, delta, L, false);
-    if (a.dsoftmax_lse.data) *delta -= a.dsoftmax_lse.at(s.q_batch, i, head);
-    *reinterpret_cast<T*>(a.delta.at(s.q_batch, i, head)) = *delta;
+  U *dout = arena.take<U>(16 * ld), *out = arena.take<U>(L * ld), *columns = arena.take<U>(ld * L);
+  T* products = arena.take<T>(16 * L);  // of every row with every row: the diagonal counts
+  fill<U>(dout, 16 * ld, U{});
+  fill<U>(out, L * ld, U{});
+  for (int64_t position = begin; position < end; ++position) {
+    const int64_t i = s.q_begin + position;
+    const KeyRange keys = a.visible(s, position);
+    for (int64_t first = 0; first < a.nheads; first += L) {
+      const int64_t heads = least(L, a.nheads - first);
+      for (int64_t h = 0; h < heads; ++h) {
+        load_row(a.dout.at(s.q_batch, i, first + h), a.dout.dtype, a.headdim_v, dout + h * ld);
+        load_row(a.out.at(s.q_batch, i, first + h), a.out.dtype, a.headdim_v, out + h * ld);
+      }
+      for (int64_t c = 0; c < ld; c += L)
+        transpose<U>([&](int64_t h) { return vec(out + h * ld + c); }, columns + c * L, L);
+      product<U>(heads, L, units<U>(a.headdim_v), {dout, ld, 1}, columns, L, products, L, false);
+      for (int64_t h = 0; h < heads; ++h) {
+        T delta = products[h * L + h];
+        if (a.dsoftmax_lse.data) delta -= a.dsoftmax_lse.at(s.q_batch, i, first + h);
+        *reinterpret_cast<T*>(a.delta.at(s.q_batch, i, first + h)) = delta;
+        if (keys.begin == keys.end)
+          __builtin_memset(a.dq.at(s.q_batch, i, first + h), 0, a.headdim * a.dq.element);
+      }
+    }
   }
 }
 
@@ -163,53 +177,19 @@ struct RowPanel {
 };
 
 template <class U>
-void backward_dq_(const Attention& a, const RowTile& t, char* scratch) {
+void backward_keys_(const Attention& a, const KeyTask& task, char* scratch) {
   typedef Sum<U> T;
   const ProductState product_state;
-  Arena arena{scratch};
-  const GradientTile<U> g(a, t, arena);
-  KeyTile<U> k(arena, a.headdim, true, true);
-  KeyTile<U> v(arena, a.headdim_v, false, true);
-  T* p = arena.take<T>(kRowGroup<U> * kKeyBlock);
-  T* ds = arena.take<T>(kRowGroup<U> * kKeyBlock);
-  T* dq = arena.take<T>(a.row_capacity() * k.ld);
-  fill<T>(dq, a.row_capacity() * k.ld, T(0));
-  const Sequence& s = g.q.s;
-  for (int64_t block = 0; block < s.k_len; block += kKeyBlock) {
-    if (!g.q.any_sees(block, 0, t.rows)) continue;
-    const int64_t keys = least(kKeyBlock, s.k_len - block);
-    k.load(KeyRows(a, a.k, s, block, keys), a.k, t.head_k);
-    v.load(KeyRows(a, a.v, s, block, keys), a.v, t.head_k);
-    const bool finite = g.q.all_see(block, 0, t.rows) || k.finite(keys);
-    for (int64_t begin = 0; begin < t.rows; begin += kRowGroup<U>) {
-      const int64_t rows = least(kRowGroup<U>, t.rows - begin);
-      if (!g.q.any_sees(block, begin, rows)) continue;
-      const int64_t columns = g.q.columns_of(block, begin, rows);
-      g.differentiate(begin, rows, block, columns, k, v, p, ds);
-      const Left<U> left = over_keys<U>(rows, ds, reinterpret_cast<U*>(p));
-      add_product<U>(rows, k.ld, units<U>(columns), left, k.rows, dq + begin * k.ld, k.ld, finite,
-                     k.spare, [&](int64_t r, int64_t j) { return g.q.sees(begin + r, block + j); });
-    }
-  }
-  for (int64_t r = 0; r < t.rows; ++r)
-    store_row<T>(dq + r * k.ld, 1, a.dq.dtype, a.headdim,
-                 a.dq.at(s.q_batch, s.q_begin + g.q.position[r], g.q.head(r)));
-}
-
-// dk and dv of up to kKeyTile keys from `first` on.
-template <class U>
-void backward_dkdv_(const Attention& a, int64_t sequence, int64_t head_k, int64_t first,
-                    char* scratch) {
-  typedef Sum<U> T;
-  const ProductState product_state;
-  const Sequence& s = a.sequences[sequence];
-  const int64_t all_rows = s.q_len * a.group(), end = least(first + kKeyTile, s.k_len);
+  const Sequence& s = a.sequences[task.sequence];
+  const int64_t first = task.first, end = task.end;
+  const int64_t all_rows = s.q_len * a.group(), capacity = a.row_capacity();
   Arena arena{scratch};
   struct Block {
     KeyTile<U> k, v;
+    bool finite;
     T *dk, *dv;  // [kKeyBlock][k.ld], [kKeyBlock][v.ld]
     Block(const Attention& a, Arena& arena)
-        : k(arena, a.headdim, false, true), v(arena, a.headdim_v, false, true) {
+        : k(arena, a.headdim, true, true), v(arena, a.headdim_v, false, true) {
       dk = arena.take<T>(kKeyBlock * k.ld);
       dv = arena.take<T>(kKeyBlock * v.ld);
       fill<T>(dk, kKeyBlock * k.ld, T(0));
@@ -221,32 +201,40 @@ void backward_dkdv_(const Attention& a, int64_t sequence, int64_t head_k, int64_
   for (int64_t key = first; key < end; key += kKeyBlock) {
     const int64_t keys = least(kKeyBlock, s.k_len - key);
     Block& b = *new (&block_at(key)) Block(a, arena);
-    b.k.load(KeyRows(a, a.k, s, key, keys), a.k, head_k);
-    b.v.load(KeyRows(a, a.v, s, key, keys), a.v, head_k);
+    b.k.load(KeyRows(a, a.k, s, key, keys), a.k, task.head_k);
+    b.v.load(KeyRows(a, a.v, s, key, keys), a.v, task.head_k);
+    b.finite = b.k.finite(keys);
   }
-  OverRows<U> p(arena, a.row_capacity()), ds(arena, a.row_capacity());
+  OverRows<U> p(arena, capacity), ds(arena, capacity);
 
   for (int64_t row = 0; row < all_rows; row += a.row_tile) {
-    const RowTile t{sequence, head_k, row, least(a.row_tile, all_rows - row)};
+    const RowTile t{task.sequence, task.head_k, row, least(a.row_tile, all_rows - row)};
     const KeyRange seen = visible(a, t);
-    if (seen.begin >= end || seen.end <= first) continue;
+    if (seen.begin >= least(seen.end, end) || seen.end <= first) continue;
     Arena tile = arena;
     const GradientTile<U> g(a, t, tile);
-    const int64_t capacity = a.row_capacity();
     const RowPanel<U> q(tile, g.q.q, g.q.ld, t.rows, capacity);
     const RowPanel<U> dout(tile, g.dout, g.q.ld_v, t.rows, capacity);
+    const int64_t ld = padded<U>(a.headdim);
+    T* dq = reinterpret_cast<T*>(task.dq) + row * ld;
+    task.wait(row / a.row_tile);
+    if (first <= seen.begin) fill<T>(dq, capacity * ld, T(0));
     for (int64_t key = first; key < end; key += kKeyBlock) {
       if (!g.q.any_sees(key, 0, t.rows)) continue;
-      Block& b = block_at(key);
+      const Block& b = block_at(key);
       const int64_t keys = least(kKeyBlock, s.k_len - key);
       int64_t from = 0;  // rows before it see nothing of the block
       while (!g.q.any_sees(key, from, least(kRowGroup<U>, t.rows - from))) from += kRowGroup<U>;
       for (int64_t begin = from; begin < t.rows; begin += kRowGroup<U>) {
-        const int64_t rows = least(kRowGroup<U>, t.rows - begin);
-        g.differentiate(begin, rows, key, round_up(keys, 32), b.k, b.v, p.group(begin),
-                        ds.group(begin));
+        const int64_t rows = least(kRowGroup<U>, t.rows - begin), columns = round_up(keys, 32);
+        T *group_p = p.group(begin), *group_ds = ds.group(begin);
+        g.differentiate(begin, rows, key, columns, b.k, b.v, group_p, group_ds);
         p.take(begin, rows);
         ds.take(begin, rows);
+        const Left<U> left = over_keys<U>(rows, group_ds, reinterpret_cast<U*>(group_p));
+        add_product<U>(rows, ld, units<U>(columns), left, b.k.rows, dq + begin * ld, ld, b.finite,
+                       b.k.spare,
+                       [&](int64_t r, int64_t j) { return g.q.sees(begin + r, key + j); });
       }
       const auto sees = [&](int64_t j, int64_t r) {
         return from + r < t.rows && g.q.sees(from + r, key + j);
@@ -258,13 +246,17 @@ void backward_dkdv_(const Attention& a, int64_t sequence, int64_t head_k, int64_
       add(p, dout, b.dv, b.v.ld);
       add(ds, q, b.dk, b.k.ld);
     }
+    for (int64_t r = 0; seen.end <= end && r < t.rows; ++r)
+      store_row<T>(dq + r * ld, 1, a.dq.dtype, a.headdim,
+                   a.dq.at(s.q_batch, s.q_begin + g.q.position[r], g.q.head(r)));
+    task.done(row / a.row_tile);
   }
   for (int64_t key = first; key < end; ++key) {
     const Block& b = block_at(key);
     const int64_t j = (key - first) % kKeyBlock;
     store_row<T>(b.dk + j * b.k.ld, 1, a.dk.dtype, a.headdim,
-                 a.dk.at(s.k_batch, s.k_begin + key, head_k));
+                 a.dk.at(s.k_batch, s.k_begin + key, task.head_k));
     store_row<T>(b.dv + j * b.v.ld, 1, a.dv.dtype, a.headdim_v,
-                 a.dv.at(s.k_batch, s.k_begin + key, head_k));
+                 a.dv.at(s.k_batch, s.k_begin + key, task.head_k));
   }
 }

@@ -41,17 +41,14 @@ void merge_state(const Attention& a, const RowTile& t, char* into, const char* f
 void finish(const Attention& a, const RowTile& t, const char* state) {
   FA3NPU_RUN_SUMS(finish, t, state);
 }
-void backward_delta(const Attention& a, const RowTile& t, char* scratch) {
-  FA3NPU_RUN(backward_delta, t, scratch);
+void backward_delta(const Attention& a, int64_t sequence, int64_t begin, int64_t end,
+                    char* scratch) {
+  FA3NPU_RUN(backward_delta, sequence, begin, end, scratch);
 }
-void backward_dq(const Attention& a, const RowTile& t, char* scratch) {
-  FA3NPU_RUN(backward_dq, t, scratch);
-}
-void backward_dkdv(const Attention& a, int64_t sequence, int64_t head_k, int64_t first,
-                   char* scratch) {
-  FA3NPU_RUN(backward_dkdv, sequence, head_k, first, scratch);
+void backward_keys(const Attention& a, const KeyTask& task, char* scratch) {
+  FA3NPU_RUN(backward_keys, task, scratch);
 }
 
 extern const Kernels table;
-const Kernels table = {FA3NPU_NAME, forward_chunk,  empty_state, merge_state,
-                       finish,      backward_delta, backward_dq, backward_dkdv};
+const Kernels table = {FA3NPU_NAME, forward_chunk,  empty_state,  merge_state,
+                       finish,      backward_delta, backward_keys};

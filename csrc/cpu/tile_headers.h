@@ -31,10 +31,9 @@ void forward_chunk(const Attention& a, const RowTile* tiles, int64_t count, int6
 void empty_state(const Attention& a, char* state);
 void merge_state(const Attention& a, const RowTile& t, char* into, const char* from);
 void finish(const Attention& a, const RowTile& t, const char* state);
-void backward_delta(const Attention& a, const RowTile& t, char* scratch);
-void backward_dq(const Attention& a, const RowTile& t, char* scratch);
-void backward_dkdv(const Attention& a, int64_t sequence, int64_t head_k, int64_t first,
-                   char* scratch);
+void backward_delta(const Attention& a, int64_t sequence, int64_t begin, int64_t end,
+                    char* scratch);
+void backward_keys(const Attention& a, const KeyTask& task, char* scratch);
 }  // namespace avx512
 #endif
 

@@ -24,7 +24,7 @@
 
 namespace fa3npu {
 
-const float* float8_table() {  // these two are in attention.cpp, which needs a whole PyTorch
+const float* float8_table() {  // these two are in kernels.cpp, which needs a whole PyTorch
   static float table[256];
   for (int i = 0; i < 256; ++i)
     table[i] = c10::Float8_e4m3fn(uint8_t(i), c10::Float8_e4m3fn::from_bits());
@@ -602,7 +602,7 @@ void test_masked_product() {
 
 int run() {
 #if FA3NPU_AMX && defined(__linux__)
-  syscall(SYS_arch_prctl, 0x1023, 18);  // as in attention.cpp: may this process use tiles?
+  syscall(SYS_arch_prctl, 0x1023, 18);  // as in kernels.cpp: may this process use tiles?
 #endif
   std::puts(FA3NPU_NAME);
   test_exp();

@@ -122,7 +122,12 @@ def memory_chart(entries: list[Entry], threads: list[int]) -> Any:
     if not chosen:
         return None
     figure, axes = pyplot.subplots(figsize=(6, 4))
-    for kind, style in (("decode", "-o"), ("prefill", "--s")):
+    kinds = (
+        ("decode", "-o", "1 row"),
+        ("prefill", "--s", "512 rows"),
+        ("train", ":^", "forward and backward"),
+    )
+    for kind, style, rows in kinds:
         for peer in ("ours", "sdpa"):
             known = [
                 (e["row"]["seqlen_k"], max(e["results"][peer]["bytes"] / 1e6, 0.1))
@@ -131,7 +136,6 @@ def memory_chart(entries: list[Entry], threads: list[int]) -> Any:
             ]
             if known:
                 x, y = zip(*known, strict=True)
-                rows = "1 row" if kind == "decode" else "512 rows"
                 axes.plot(x, y, style, color=COLOURS[peer], label=f"{NAMES[peer]}, {rows}")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")

@@ -302,6 +302,17 @@ def memory() -> Iterator[Workload]:
                 quick=seqlen_k == 131072,
                 peers=("ours", "sdpa"),
             )
+    for seqlen in (1024, 4096, 16384):
+        yield Workload(
+            "memory",
+            "train",
+            nheads=16,
+            nheads_k=16,
+            seqlen_q=seqlen,
+            seqlen_k=seqlen,
+            unit="ms",
+            peers=("ours", "sdpa"),
+        )
 
 
 GROUPS = {

@@ -63,10 +63,9 @@ int64_t choose_key_tile(const std::vector<Head>& heads, int64_t threads) {
   return std::clamp(keys / (4 * threads) / 128 * 128, kKeyTile / 4, kKeyTile);
 }
 
-// Heads whose dq is summed at the same time.
+// Heads whose dq is summed at the same time, in tiles of `tile_bytes`.
 void run_wave(const Attention& a, int64_t threads, int64_t key_tile, const Head* heads,
-              const Head* end, int64_t row_tiles, int64_t tile_bytes) {
-  const Memory dq = aligned_memory(row_tiles * tile_bytes);
+              const Head* end, int64_t row_tiles, char* dq, int64_t tile_bytes) {
   std::vector<std::atomic<int64_t>> turns(row_tiles);
   for (const Head* h = heads; h < end; ++h)
     for (int64_t row = 0; row < h->rows; row += a.row_tile) {
@@ -82,7 +81,7 @@ void run_wave(const Attention& a, int64_t threads, int64_t key_tile, const Head*
       for (const Head* h = some; h < some_end; ++h)
         if (key < h->keys)
           tasks.push_back({h->sequence, h->head_k, key, std::min(key + key_tile, h->keys),
-                           dq.get() + h->row_tiles_before * tile_bytes,
+                           dq + h->row_tiles_before * tile_bytes,
                            turns.data() + h->row_tiles_before});
   }
   // Started in this order, so that no task waits for one that has no thread.
@@ -105,6 +104,8 @@ void attention_backward(const Attention& call) {
   const int64_t key_tile = choose_key_tile(heads, threads);
   const int64_t tile_bytes = a.row_tile * round_up(a.headdim, 32) * (a.is_double() ? 8 : 4);
   const Head* const end = heads.data() + heads.size();
+  Memory dq = aligned_memory(0);
+  int64_t dq_bytes = 0;
   for (Head *first = heads.data(), *last; first < end; first = last) {
     int64_t row_tiles = 0;
     const auto fits = [&] { return row_tiles * tile_bytes < threads * kWaveBytes; };
@@ -112,7 +113,11 @@ void attention_backward(const Attention& call) {
       last->row_tiles_before = row_tiles;
       if (last->rows > 0) row_tiles += (last->rows - 1) / a.row_tile + 1;
     }
-    run_wave(a, threads, key_tile, first, last, row_tiles, tile_bytes);
+    if (dq_bytes < row_tiles * tile_bytes) {
+      dq_bytes = row_tiles * tile_bytes;
+      dq = aligned_memory(dq_bytes);
+    }
+    run_wave(a, threads, key_tile, first, last, row_tiles, dq.get(), tile_bytes);
   }
 }
 

@@ -15,7 +15,7 @@ namespace fa3npu {
 
 // As many threads as have at least some microseconds of work each.
 inline int64_t choose_threads(const Attention& a) {
-  constexpr double kLeastWork = 1 << 19;  // multiplications
+  constexpr double kLeastWork = 1 << 18;  // multiplications
   double work = 0;
   for (int64_t b = 0; b < a.batch_size; ++b)
     work += double(a.sequences[b].q_len) * a.sequences[b].k_len;

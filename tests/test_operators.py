@@ -30,6 +30,10 @@ from fa3_ops import reference
 ops = torch.ops.fa3npu
 
 
+# float32 arithmetic, and products of bfloat16 where there are such instructions
+of_both_kinds = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
 def assert_same_bits(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=0, equal_nan=True)
 
@@ -78,10 +82,11 @@ class TestFlashAttnFunc:
         torch.testing.assert_close(out.double(), want_out, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(lse.double(), want_lse, rtol=1e-6, atol=0)
 
+    @of_both_kinds
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     @pytest.mark.parametrize("where", ["k", "v"])
-    def test_unseen_nan_reaches_no_row(self, bad: float, where: str) -> None:
-        q, k, v = rand(1, 90, 2, 16), rand(1, 90, 2, 16), rand(1, 90, 2, 16)
+    def test_unseen_nan_reaches_no_row(self, bad: float, where: str, dtype: torch.dtype) -> None:
+        q, k, v = (rand(1, 90, 2, 16, dtype=dtype) for _ in range(3))
         clean, lse = ops.flash_attn_func(q, k, v, causal=True)
         (k if where == "k" else v)[:, 50:] = bad
         out, dirty_lse = ops.flash_attn_func(q, k, v, causal=True)
@@ -90,8 +95,9 @@ class TestFlashAttnFunc:
         if math.isnan(bad):
             assert out[:, 50:].isnan().all()  # the rows that do see it say so
 
-    def test_nan_in_q_stays_in_its_row(self) -> None:
-        q, k, v = rand(1, 70, 2, 16), rand(1, 70, 2, 16), rand(1, 70, 2, 16)
+    @of_both_kinds
+    def test_nan_in_q_stays_in_its_row(self, dtype: torch.dtype) -> None:
+        q, k, v = (rand(1, 70, 2, 16, dtype=dtype) for _ in range(3))
         clean, _ = ops.flash_attn_func(q, k, v)
         q[:, 3, 1] = math.nan
         out, lse = ops.flash_attn_func(q, k, v)
@@ -187,9 +193,10 @@ class TestFlashAttnFuncBackward:
 
             assert torch.autograd.gradcheck(out, qkv)
 
-    def test_unseen_nan_reaches_no_gradient(self) -> None:
-        q, k, v = (rand(1, 90, 2, 16, grad=True) for _ in range(3))
-        dout = rand(1, 50, 2, 16)
+    @of_both_kinds
+    def test_unseen_nan_reaches_no_gradient(self, dtype: torch.dtype) -> None:
+        q, k, v = (rand(1, 90, 2, 16, dtype=dtype, grad=True) for _ in range(3))
+        dout = rand(1, 50, 2, 16, dtype=dtype)
         out, _ = ops.flash_attn_func(q, k, v, causal=True)
         clean = torch.autograd.grad(out[:, :50], (q, k, v), dout)
         with torch.no_grad():
@@ -199,9 +206,10 @@ class TestFlashAttnFuncBackward:
         dirty = torch.autograd.grad(out[:, :50], (q, k, v), dout)
         assert torch.equal(dirty[0][:, :50], clean[0][:, :50])
 
-    def test_nan_in_a_row_reaches_only_the_keys_it_sees(self) -> None:
-        q, k, v = (rand(1, 90, 2, 16, grad=True) for _ in range(3))
-        dout = rand(1, 90, 2, 16)
+    @of_both_kinds
+    def test_nan_in_a_row_reaches_only_the_keys_it_sees(self, dtype: torch.dtype) -> None:
+        q, k, v = (rand(1, 90, 2, 16, dtype=dtype, grad=True) for _ in range(3))
+        dout = rand(1, 90, 2, 16, dtype=dtype)
         clean = torch.autograd.grad(ops.flash_attn_func(q, k, v, causal=True)[0], (q, k, v), dout)
         with torch.no_grad():
             q[:, :5] = math.nan
@@ -210,12 +218,12 @@ class TestFlashAttnFuncBackward:
             assert torch.equal(d[:, 5:], c[:, 5:]), name
             assert d[:, :5].isnan().all(), name
 
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @of_both_kinds
     def test_deterministic_and_independent_of_threads_and_neighbours(
         self, dtype: torch.dtype
     ) -> None:
-        qkv = [rand(3, 700, h, 64).to(dtype) for h in (4, 2, 2)]
-        dout = rand(3, 700, 4, 64).to(dtype)
+        qkv = [rand(3, 700, h, 64, dtype=dtype) for h in (4, 2, 2)]
+        dout = rand(3, 700, 4, 64, dtype=dtype)
 
         def grads(batch: slice) -> tuple[Tensor, ...]:
             part = [x[batch].detach().requires_grad_() for x in qkv]
@@ -228,6 +236,20 @@ class TestFlashAttnFuncBackward:
                 assert all(torch.equal(g, w) for g, w in zip(grads(slice(0, 3)), want, strict=True))
         alone = grads(slice(1, 2))
         assert all(torch.equal(g, w[1:2]) for g, w in zip(alone, want, strict=True))
+
+    @of_both_kinds
+    @pytest.mark.parametrize("bits", [0x7F800001, 0x7FFFFFFF, -1])
+    def test_a_nan_of_any_bits_is_seen(self, bits: int, dtype: torch.dtype) -> None:
+        q, k, v = (rand(1, 40, 2, 16, dtype=dtype, grad=True) for _ in range(3))
+        nan = ints(bits).view(torch.float32)
+        out, _ = ops.flash_attn_func(q, k, v, alibi_slopes=torch.cat([nan, nan]))
+        gradients = torch.autograd.grad(out.sum(), (q, k, v))
+        assert all(x.isnan().all() for x in (out, *gradients))
+        out, lse = ops.flash_attn_func(q, k, v)
+        dlse = nan.expand(lse.shape)
+        dq, dk = torch.autograd.grad((out, lse), (q, k), (torch.ones_like(out), dlse))
+        assert dq.isnan().all()
+        assert dk.isnan().all()
 
     def test_qv_is_refused_by_name(self) -> None:
         q, k, v, qv = (rand(1, 3, 2, 8, grad=True) for _ in range(4))

@@ -54,8 +54,8 @@ struct GradientTile {
     for (int64_t r = 0; r < q.rows; ++r) {
       const int64_t i = q.s.q_begin + q.position[r], head = q.head(r);
       q.load_q(a.dout, q.position[r], head, a.headdim_v, q.ld_v, 1, dout + r * q.ld_v);
-      lse[r] = a.softmax_lse.at(q.s.q_batch, i, head);
-      delta[r] = *reinterpret_cast<const T*>(a.delta.at(q.s.q_batch, i, head));
+      lse[r] = quiet(a.softmax_lse.at(q.s.q_batch, i, head));
+      delta[r] = quiet(*reinterpret_cast<const T*>(a.delta.at(q.s.q_batch, i, head)));
     }
   }
 

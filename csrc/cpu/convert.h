@@ -79,6 +79,12 @@ INLINE bool with_reader(ScalarType dtype, const F& f) {
   return f(Raw<U>()), true;
 }
 
+// A NaN of the caller's float32, with bits that rounding to bfloat16 keeps.
+template <class T>
+INLINE T quiet(T x) {
+  return x == x ? x : std::numeric_limits<T>::quiet_NaN();
+}
+
 // n elements of a head vector, as U; a last half Pair is filled up with zero.
 template <class U>
 void load_row(const char* from, ScalarType dtype, int64_t n, U* to) {

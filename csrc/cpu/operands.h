@@ -186,7 +186,7 @@ struct QueryTile {
       const int64_t h = head_k * a.group() + in_group;
       position[r] = i;
       keys[r] = a.visible(s, i);
-      slope[r] = a.alibi_slopes.get(sequence, h, 0);
+      slope[r] = quiet(a.alibi_slopes.get(sequence, h, 0));
       load_q(a.q, i, h, a.headdim, ld, q_scale * k_scale, q + r * ld);
       if (qv) load_q(a.qv, i, h, a.headdim_v, ld_v, q_scale * v_scale, qv + r * ld_v);
       if (++in_group == a.group()) in_group = 0, ++i;

@@ -249,15 +249,14 @@ def append(
     contiguous_rows(k_cache, "k_cache")
     contiguous_rows(v_cache, "v_cache")
     if k is None:
+        # Serving code passes rotary_seqlens on every call, so alone it is not a mistake.
         for name, t in (
             ("v", v),
             ("rotary_cos", rotary_cos),
             ("rotary_sin", rotary_sin),
             ("cu_seqlens_k_new", cu_seqlens_k_new),
-            ("rotary_seqlens", rotary_seqlens),
         ):
-            # Serving code passes rotary_seqlens on every call, so alone it is not a mistake.
-            if t is not None and name != "rotary_seqlens":
+            if t is not None:
                 raise ValueError(f"{name} must come with new keys k, got k=None")
         return
     if v is None:

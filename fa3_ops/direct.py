@@ -64,5 +64,7 @@ def call(
     """op(*arguments, **out), or shortcut(*arguments, **out), what it comes to in the end."""
     if not only_the_kernel_sees(op, (*arguments, *out.values()) if out else arguments):
         return op(*arguments, **out)
+    if torch.is_inference_mode_enabled():  # is below autograd
+        return shortcut(*arguments, **out)
     with torch._C._AutoDispatchBelowAutograd():
         return shortcut(*arguments, **out)

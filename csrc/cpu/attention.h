@@ -14,10 +14,11 @@ namespace fa3npu {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kRowTile = 960;  // most query rows (position x head of a group) of a tile
-constexpr int64_t kChunk = 1024;   // keys per partial result; partial results merge in order
-constexpr int64_t kKeyTile = 512;  // most keys whose dk and dv are computed together
-constexpr int64_t kFewRows = 16;   // a tile of at most so many is computed as in a decode
+constexpr int64_t kRowTile = 960;      // most query rows (position x head of a group) of a tile
+constexpr int64_t kChunk = 1024;       // keys per partial result; partial results merge in order
+constexpr int64_t kKeyTile = 512;      // most keys whose dk and dv are computed together,
+constexpr int64_t kKeyTileUnit = 128;  // which are a multiple of this many
+constexpr int64_t kFewRows = 16;       // a tile of at most so many is computed as in a decode
 constexpr int64_t kMaxHeadDim = 512;
 
 inline int64_t round_up(int64_t x, int64_t multiple) {

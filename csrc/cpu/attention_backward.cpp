@@ -60,7 +60,8 @@ std::vector<Head> heads_of(const Attention& a) {
 int64_t choose_key_tile(const std::vector<Head>& heads, int64_t threads) {
   int64_t keys = 0;
   for (const Head& head : heads) keys += head.keys;
-  return std::clamp(keys / (4 * threads) / 128 * 128, kKeyTile / 4, kKeyTile);
+  const int64_t fair = keys / (4 * threads) / kKeyTileUnit * kKeyTileUnit;
+  return std::clamp(fair, kKeyTileUnit, kKeyTile);
 }
 
 // Heads whose dq is summed at the same time, in tiles of `tile_bytes`.

@@ -176,6 +176,8 @@ struct RowPanel {
   }
 };
 
+static_assert(kKeyTileUnit % kKeyBlock == 0);
+
 template <class U>
 void backward_keys_(const Attention& a, const KeyTask& task, char* scratch) {
   typedef Sum<U> T;
@@ -239,9 +241,10 @@ void backward_keys_(const Attention& a, const KeyTask& task, char* scratch) {
       const auto sees = [&](int64_t j, int64_t r) {
         return from + r < t.rows && g.q.sees(from + r, key + j);
       };
-      const auto add = [&](const OverRows<U>& x, const RowPanel<U>& rows, T* to, int64_t ld) {
-        add_product<U>(keys, ld, units<U>(t.rows - from), x.left(from),
-                       rows.at + from / kDepth<U> * ld, to, ld, rows.finite, rows.spare, sees);
+      const auto add = [&](const OverRows<U>& x, const RowPanel<U>& rows, T* to, int64_t width) {
+        add_product<U>(keys, width, units<U>(t.rows - from), x.left(from),
+                       rows.at + from / kDepth<U> * width, to, width, rows.finite, rows.spare,
+                       sees);
       };
       add(p, dout, b.dv, b.v.ld);
       add(ds, q, b.dk, b.k.ld);

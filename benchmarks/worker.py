@@ -108,7 +108,7 @@ def time_calls(calls: list[Call], threads: int, form: str, effort: Effort) -> Ti
     started, busy = time.perf_counter(), busy_seconds()
     one = max(sample(1), 1e-6)
     samples = [one] if one > effort.most_seconds else []  # so slow that one more will do
-    if one < effort.sample_seconds:  # a first impression may be far off
+    if one < effort.most_seconds / 4:  # until the allocator keeps the pages of a result
         one = max(sample(3), 1e-6)
     repeats = max(1, round(effort.sample_seconds / one))
     while len(samples) < effort.samples:

@@ -21,10 +21,9 @@ void KeyTask::done(int64_t row_tile) const {
 namespace {
 
 int64_t scratch_bytes(const Attention& a) {
-  const int64_t element = a.is_double() ? 8 : 4;
   const int64_t keys = 4 * (kKeyTile + 128) * a.widths();
   const int64_t rows = a.row_capacity() * (5 * a.widths() + 4 * 128 + 32);
-  return element * (keys + rows + 4 * 96 * 128) + 65536;
+  return a.sum_size() * (keys + rows + 4 * 96 * 128) + 65536;
 }
 
 void compute_delta(const Attention& a, int64_t threads) {
@@ -51,7 +50,7 @@ std::vector<Head> heads_of(const Attention& a) {
   std::vector<Head> heads;
   for (int64_t b = 0; b < a.batch_size; ++b)
     for (int64_t head = 0; head < a.nheads_k; ++head)
-      heads.push_back({b, head, a.sequences[b].q_len * a.group(), a.sequences[b].k_len, 0});
+      heads.push_back({b, head, a.rows(b), a.sequences[b].k_len, 0});
   return heads;
 }
 
@@ -103,10 +102,9 @@ void attention_backward(const Attention& call) {
   if (most_rows > 0) compute_delta(a, threads);
 
   const int64_t key_tile = choose_key_tile(heads, threads);
-  const int64_t tile_bytes = a.row_tile * round_up(a.headdim, 32) * (a.is_double() ? 8 : 4);
+  const int64_t tile_bytes = a.row_tile * round_up(a.headdim, 32) * a.sum_size();
   const Head* const end = heads.data() + heads.size();
-  Memory dq = aligned_memory(0);
-  int64_t dq_bytes = 0;
+  GrowingMemory dq;
   for (Head *first = heads.data(), *last; first < end; first = last) {
     int64_t row_tiles = 0;
     const auto fits = [&] { return row_tiles * tile_bytes < threads * kWaveBytes; };
@@ -114,11 +112,8 @@ void attention_backward(const Attention& call) {
       last->row_tiles_before = row_tiles;
       if (last->rows > 0) row_tiles += (last->rows - 1) / a.row_tile + 1;
     }
-    if (dq_bytes < row_tiles * tile_bytes) {
-      dq_bytes = row_tiles * tile_bytes;
-      dq = aligned_memory(dq_bytes);
-    }
-    run_wave(a, threads, key_tile, first, last, row_tiles, dq.get(), tile_bytes);
+    run_wave(a, threads, key_tile, first, last, row_tiles, dq.at_least(row_tiles * tile_bytes),
+             tile_bytes);
   }
 }
 

@@ -1,6 +1,5 @@
 // Runs the forward pass: cuts a call into tiles of rows and chunks of keys, and merges these.
 
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -13,7 +12,7 @@ namespace {
 std::vector<RowTile> row_tiles(const Attention& a) {
   std::vector<RowTile> tiles;
   for (int64_t b = 0; b < a.batch_size; ++b) {
-    const int64_t rows = a.sequences[b].q_len * a.group();
+    const int64_t rows = a.rows(b);
     for (int64_t head = 0; head < a.nheads_k; ++head)
       for (int64_t first = round_up(rows, a.row_tile) - a.row_tile; first >= 0; first -= a.row_tile)
         tiles.push_back({b, head, first, std::min(a.row_tile, rows - first)});  // long rows first
@@ -26,7 +25,7 @@ std::vector<RowTile> row_tiles(const Attention& a) {
 int64_t choose_row_tile(const Attention& a, int64_t threads) {
   int64_t longest = 1, all = 0;
   for (int64_t b = 0; b < a.batch_size; ++b) {
-    const int64_t rows = a.sequences[b].q_len * a.group();
+    const int64_t rows = a.rows(b);
     longest = std::max(longest, rows);
     all += rows * a.nheads_k;
   }
@@ -34,11 +33,10 @@ int64_t choose_row_tile(const Attention& a, int64_t threads) {
   return std::min(longest, std::clamp<int64_t>(fair, 96, kRowTile));
 }
 
-int64_t scratch_bytes(const Attention& a) {  // the most that any kernel takes
-  const int64_t element = a.is_double() ? 8 : 4;
+int64_t scratch_bytes(const Attention& a) {   // the most that any kernel takes
   const int64_t keys = 4 * 288 * a.widths();  // rows, spare, transposed and strips of a panel
   const int64_t rows = a.row_capacity() * (a.widths() + 16) + kFewRows * (256 + a.widths());
-  return element * (keys + a.together * rows + 4 * 96 * 128) + 65536;
+  return a.sum_size() * (keys + a.together * rows + 4 * 96 * 128) + 65536;
 }
 
 struct Chunks {
@@ -58,7 +56,7 @@ int64_t choose_together(const Attention& a, int64_t threads) {
   if (a.qv.data) return 1;
   int64_t chunks = 0;
   for (int64_t b = 0; b < a.batch_size; ++b) {
-    const int64_t rows = a.sequences[b].q_len * a.group();
+    const int64_t rows = a.rows(b);
     if (rows > kFewRows) return 1;  // several tiles, or large ones
     if (rows == 0) continue;
     const Chunks seen = chunks_of(a, {b, 0, 0, rows});
@@ -74,8 +72,7 @@ int64_t choose_together(const Attention& a, int64_t threads) {
 }  // namespace
 
 int64_t state_bytes(const Attention& a) {
-  const int64_t element = a.is_double() ? 8 : 4;
-  return round_up(element * (a.row_capacity() * (2 + a.state_ld()) + 64), 64);
+  return round_up(a.sum_size() * (a.row_capacity() * (2 + a.state_ld()) + 64), 64);
 }
 
 void attention_forward(const Attention& call) {

@@ -184,7 +184,7 @@ void backward_keys_(const Attention& a, const KeyTask& task, char* scratch) {
   const ProductState product_state;
   const Sequence& s = a.sequences[task.sequence];
   const int64_t first = task.first, end = task.end;
-  const int64_t all_rows = s.q_len * a.group(), capacity = a.row_capacity();
+  const int64_t all_rows = a.rows(task.sequence), capacity = a.row_capacity();
   Arena arena{scratch};
   struct Block {
     KeyTile<U> k, v;

@@ -164,7 +164,7 @@ INLINE void narrow(const Vec<T>& x, const Vec<T>& y, T* to) {
 
 #if FA3NPU_BFLOAT16
 // Ties away from zero: adding half an ulp and taking the upper halves is faster than the
-// instruction.
+// instruction. A NaN must be as arithmetic and quiet() leave it.
 INLINE __m512i rounded(const Vec<float>& x) {
   return _mm512_add_epi32((__m512i)x, _mm512_set1_epi32(0x8000));
 }

@@ -27,21 +27,31 @@ typedef std::unique_ptr<char, decltype(&std::free)> Memory;
 
 inline Memory aligned_memory(int64_t bytes) {
   Memory memory(static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 64))), &std::free);
-  if (!memory && bytes > 0) throw std::bad_alloc();
+  if (!memory) throw std::bad_alloc();
   return memory;
 }
 
-// Memory that a thread keeps between calls and that only grows.
-inline char* thread_scratch(int64_t bytes) {
-  thread_local Memory memory(nullptr, &std::free);
-  thread_local int64_t size = 0;
-  if (size < bytes) {
-    memory.reset();
-    size = 0;
-    memory = aligned_memory(bytes);
-    size = bytes;
+// Memory that only grows; what it held is lost then.
+class GrowingMemory {
+ public:
+  char* at_least(int64_t bytes) {
+    if (size_ < bytes) {
+      memory_.reset();
+      size_ = 0;
+      memory_ = aligned_memory(bytes);
+      size_ = bytes;
+    }
+    return memory_.get();
   }
-  return memory.get();
+
+ private:
+  Memory memory_{nullptr, &std::free};
+  int64_t size_ = 0;
+};
+
+inline char* thread_scratch(int64_t bytes) {  // that a thread keeps between calls
+  thread_local GrowingMemory memory;
+  return memory.at_least(bytes);
 }
 
 // Calls work(i, scratch) for i in [0, count), each on whichever thread is free next.

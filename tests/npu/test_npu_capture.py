@@ -210,6 +210,45 @@ def test_without_metadata_plain_torch_is_captured() -> None:
         assert_lse(softmax_lse, want_lse, torch.float16)
 
 
+@pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
+def test_a_window_over_fewer_keys_than_rows() -> None:
+    """Nobody knows how few keys there will be, and the kernel would change the window for them."""
+    decoder = Decoder()
+    window = {"window_size": (2, -1)}
+    q = rand(B, 6, HEADS, D, dtype=torch.float16).npu()
+    metadata = fa3_ops.get_scheduler_metadata(
+        *(B, 6, CAPACITY, HEADS, HEADS_K, D, decoder.cache_seqlens, q.dtype),
+        page_size=PAGE,
+        **window,
+    )
+
+    def attend() -> tuple[Tensor, Tensor]:
+        return fa3_ops.flash_attn_with_kvcache(
+            *(q, decoder.k_cache, decoder.v_cache),
+            cache_seqlens=decoder.cache_seqlens,
+            page_table=decoder.page_table,
+            scheduler_metadata=metadata,
+            return_softmax_lse=True,
+            **window,
+        )
+
+    graph = torch.npu.NPUGraph()
+    with torch.npu.graph(graph):
+        captured = attend()
+    for lengths in ((3, 0, 17), (3, 0, 2)):
+        decoder.cache_seqlens.copy_(ints(*lengths))
+        graph.replay()
+        want, want_lse = reference.batched(
+            *(x.cpu() for x in (q, decoder.k_cache, decoder.v_cache)),
+            seqused_k=ints(*lengths),
+            page_table=decoder.page_table.cpu(),
+            **window,
+        )
+        for out, softmax_lse in (captured, attend()):
+            assert_close(out, want, torch.float16)
+            assert_lse(softmax_lse, want_lse, torch.float16)
+
+
 def test_a_host_sync_in_the_path_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from fa3_ops.backends.npu import flash_attn_npu
 

@@ -244,3 +244,20 @@ def test_15_rows_behind_the_last_sequence_shift_the_lse() -> None:
     """A padded batch: the heads of softmax_lse lie cu_seqlens_q[-1] apart, not total_q."""
     call = {**packed_q([2, 3], behind=3), **paged([20, 30]), "causal": True}
     show("flash_attn_with_kvcache", call)
+
+
+@pytest.mark.parametrize("window", [(0, -1), (0, 5), (-1, 2)], ids=str)
+@pytest.mark.parametrize("layout", ["dense", "packed", "paged"])
+def test_16_a_window_over_fewer_keys_than_rows(window: tuple[int, int], layout: str) -> None:
+    """The longest k stands for a right side past it, or none for that: the first rows notice."""
+    if layout == "paged":
+        call = {**packed_q([6, 5]), **paged([2, 1]), "window_size": window}
+        show("flash_attn_with_kvcache", call)
+    elif layout == "packed":
+        keys = {name: rand(3, 2, 64, dtype=HALF) for name in "kv"}
+        lengths = {"cu_seqlens_k": ints(0, 2, 3), "max_seqlen_k": 2}
+        show("flash_attn_varlen_func", packed_q([6, 5]) | keys | lengths | {"window_size": window})
+    else:
+        keys = {name: rand(2, 2, 2, 64, dtype=HALF) for name in "kv"}
+        q = rand(2, 6, 4, 64, dtype=HALF)
+        show("flash_attn_func", {"q": q, **keys, "window_size": window})

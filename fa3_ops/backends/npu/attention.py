@@ -36,7 +36,9 @@ def prepare(call: Attention) -> tuple[Attention, Lengths | None]:
             return call, None
         # A schedule that the kernel cannot follow changes nothing outside a capture.
         call = replace(call, scheduler_metadata=None)
-    return call, Lengths.of(call)
+    lengths = Lengths.of(call)
+    call.longest_k = max(lengths.seqlens_k, default=0)
+    return call, lengths
 
 
 def forward(call: Attention, into: Tensor | None = None) -> tuple[Tensor, Tensor]:

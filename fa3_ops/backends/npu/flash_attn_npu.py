@@ -40,12 +40,21 @@ def not_supported(call: Attention, can: Capabilities) -> list[str]:
         reasons.append("attention_chunk")
     if call.is_local and not can.window:
         reasons.append("window_size")
+    if call.longest_k is not None and cuts_window(call, call.longest_k):
+        reasons.append("window_size with more rows of q than keys")
     if call.softcap > 0 and not can.softcap:
         reasons.append("softcap")
     if call.capturing:
         missing = "graph capture without scheduler_metadata"
         reasons += [missing] if call.scheduler_metadata is None else metadata_reasons(call, can)
     return reasons
+
+
+def cuts_window(call: Attention, longest_k: int) -> bool:
+    """Whether the kernel computes another window: a right side that is infinite or past the longest
+    k becomes the longest k, or infinite without a left side. More rows than keys notice it."""
+    right = call.window_size[1]
+    return call.is_local and call.seqlen_q > longest_k + 1 and not 0 <= right < longest_k
 
 
 def metadata_reasons(call: Attention, can: Capabilities) -> list[str]:
@@ -57,6 +66,7 @@ def metadata_reasons(call: Attention, can: Capabilities) -> list[str]:
     for name, given in (
         ("seqused_q", call.seqused_q is not None),
         ("cache_leftpad", call.cache_leftpad is not None),
+        ("window_size", cuts_window(call, 1)),  # there may be as few keys when it runs
     ):
         if given:
             reasons.append(f"{name} with scheduler_metadata")

@@ -21,6 +21,7 @@ FORWARD_DTYPES = (
     torch.float8_e4m3fn,
 )
 SIZES = st.integers(1, 40)
+HEADDIMS = st.tuples(SIZES, SIZES)  # (headdim, headdim_v)
 # Rounded once from float32: half an ulp of the result, plus float32's own error.
 RELATIVE = {
     torch.float64: 1e-6,
@@ -191,10 +192,14 @@ def varlen_calls(draw: Any, dtypes: tuple[torch.dtype, ...] = FORWARD_DTYPES) ->
 
 
 @st.composite
-def kvcache_calls(draw: Any) -> dict[str, Any]:
+def kvcache_calls(
+    draw: Any,
+    dtypes: tuple[torch.dtype, ...] = FORWARD_DTYPES,
+    headdims: st.SearchStrategy[tuple[int, int]] = HEADDIMS,
+) -> dict[str, Any]:
     torch.manual_seed(draw(st.integers(0, 2**31)))
-    dtype, batch = draw(st.sampled_from(FORWARD_DTYPES)), draw(st.integers(0, 4))
-    (nheads, nheads_k), d, dv = heads(draw), draw(SIZES), draw(SIZES)
+    dtype, batch = draw(st.sampled_from(dtypes)), draw(st.integers(0, 4))
+    (nheads, nheads_k), (d, dv) = heads(draw), draw(headdims)
     capacity = draw(st.integers(1, 90))
     entries = batch + draw(st.integers(0, 2))
     call: dict[str, Any] = {**masks(draw), **extras(draw, batch, (nheads, nheads_k), dtype)}

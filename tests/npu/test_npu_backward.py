@@ -6,14 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from npu_calls import on_npu
+from hypothesis import given
+from hypothesis import strategies as st
+from npu_calls import examples, for_kernels, on_npu
 from sample_inputs import ints, rand
+from strategies import SIZES, cumulative, dense_calls, heads, masks, tensor, varlen_calls
 from torch import Tensor
 
 import fa3_ops
 from fa3_ops import reference
 from fa3_ops.backends.npu import device
 
+HALF = (torch.float16,)
 FALLBACK = pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
 
 
@@ -32,6 +36,7 @@ def gradients(
     loss = (out * to(torch.randn(out.shape, generator=generator).to(inputs[0].dtype))).sum()
     if with_lse:
         loss = loss + (softmax_lse * to(torch.randn(softmax_lse.shape, generator=generator))).sum()
+    loss = loss + sum(0 * x.sum() for x in leaves)  # an empty batch uses none of them
     return [x.cpu() for x in torch.autograd.grad(loss, leaves)]
 
 
@@ -114,6 +119,50 @@ def test_plain_torch_serves_the_rest(call: dict[str, Any], dtype: torch.dtype) -
     torch.manual_seed(0)
     slack = 1e-3 if dtype == torch.float32 else 0.02
     check("flash_attn_func", dense(24, 16, dtype), with_lse=True, slack=slack, **call)
+
+
+@st.composite
+def served_calls(draw: Any, packed: bool) -> dict[str, Any]:
+    """Every row of q is one of a sequence and sees a key: flash_attn_npu has a backward of most."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    (nheads, nheads_k), d, dv = heads(draw), draw(SIZES), draw(SIZES)
+    batch = draw(st.integers(1, 3))
+    lengths = st.lists(st.integers(1, 40), min_size=batch, max_size=batch)
+    seqlens_q = torch.tensor(draw(lengths))
+    seqlens_k = seqlens_q + torch.tensor(draw(lengths)) - 1
+    call = masks(draw)
+    del call["attention_chunk"]
+    q_rows, k_rows = [batch, int(seqlens_q[0])], [batch, int(seqlens_k[0])]
+    if packed:
+        q_rows, k_rows = [int(seqlens_q.sum())], [int(seqlens_k.sum())]
+        call |= {"cu_seqlens_q": cumulative(seqlens_q), "cu_seqlens_k": cumulative(seqlens_k)}
+        used = draw(st.sampled_from([{}, {}, {}, {"seqused_q": 1}, {"seqused_k": 1}]))
+        call |= {name: (seqlens_q - n).int() for name, n in used.items()}
+    rows = {"q": (q_rows, nheads, d), "k": (k_rows, nheads_k, d), "v": (k_rows, nheads_k, dv)}
+    return call | {
+        name: tensor(draw, (*n, *width), torch.float16) for name, (n, *width) in rows.items()
+    }
+
+
+def check_random(name: str, call: dict[str, Any], **bounds: int) -> None:
+    for unused in ("qv", "q_descale", "k_descale", "v_descale"):
+        call.pop(unused, None)
+    inputs = [call.pop(x) for x in "qkv"]
+    check(name, inputs, slack=0.03, **call, **bounds)
+
+
+@FALLBACK
+@examples
+@given(served_calls(packed=False) | for_kernels(dense_calls(HALF)))
+def test_random_dense_calls(call: dict[str, Any]) -> None:
+    check_random("flash_attn_func", call)
+
+
+@FALLBACK
+@examples
+@given(served_calls(packed=True) | for_kernels(varlen_calls(HALF)))
+def test_random_packed_calls(call: dict[str, Any]) -> None:
+    check_random("flash_attn_varlen_func", call, max_seqlen_q=40, max_seqlen_k=80)
 
 
 @FALLBACK

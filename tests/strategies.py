@@ -145,11 +145,15 @@ def heads(draw: Any) -> tuple[int, int]:
 
 
 @st.composite
-def dense_calls(draw: Any, dtypes: tuple[torch.dtype, ...] = FORWARD_DTYPES) -> dict[str, Any]:
+def dense_calls(
+    draw: Any,
+    dtypes: tuple[torch.dtype, ...] = FORWARD_DTYPES,
+    headdims: st.SearchStrategy[tuple[int, int]] = HEADDIMS,
+) -> dict[str, Any]:
     torch.manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(dtypes))
     batch, seqlen_q, seqlen_k = draw(st.integers(0, 3)), draw(st.integers(0, 40)), draw(SIZES)
-    (nheads, nheads_k), d, dv = heads(draw), draw(SIZES), draw(SIZES)
+    (nheads, nheads_k), (d, dv) = heads(draw), draw(headdims)
     call = {
         "q": tensor(draw, (batch, seqlen_q, nheads, d), dtype),
         "k": tensor(draw, (batch, seqlen_k, nheads_k, d), dtype),
@@ -163,10 +167,14 @@ def dense_calls(draw: Any, dtypes: tuple[torch.dtype, ...] = FORWARD_DTYPES) -> 
 
 
 @st.composite
-def varlen_calls(draw: Any, dtypes: tuple[torch.dtype, ...] = FORWARD_DTYPES) -> dict[str, Any]:
+def varlen_calls(
+    draw: Any,
+    dtypes: tuple[torch.dtype, ...] = FORWARD_DTYPES,
+    headdims: st.SearchStrategy[tuple[int, int]] = HEADDIMS,
+) -> dict[str, Any]:
     torch.manual_seed(draw(st.integers(0, 2**31)))
     dtype, batch = draw(st.sampled_from(dtypes)), draw(st.integers(0, 4))
-    (nheads, nheads_k), d, dv = heads(draw), draw(SIZES), draw(SIZES)
+    (nheads, nheads_k), (d, dv) = heads(draw), draw(headdims)
     seqlens_q, seqlens_k = lengths(draw, batch, 40), lengths(draw, batch, 70)
     # A serving engine passes a slice: the first offset need not be 0, the last not the end.
     cu_seqlens_q = cumulative(seqlens_q, draw(st.integers(0, 2)))

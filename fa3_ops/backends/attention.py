@@ -46,7 +46,8 @@ class Attention:
     num_splits: int = 1
     is_cache: bool = False  # k and v live on; a copy of them is never free
     capturing: bool = False  # a device graph is being recorded: no host may wait for the device
-    longest_k: int | None = None  # keys of the sequence with most, where the host has read lengths
+    # (rows of q, keys) of every sequence, where the host has read them.
+    seqlens: Sequence[tuple[int, int]] | None = None
     notes: list[str] = field(default_factory=list)  # what the lowering did, for explain()
 
     def __post_init__(self) -> None:

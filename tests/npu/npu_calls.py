@@ -10,10 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 examples = settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    suppress_health_check=[
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.function_scoped_fixture,  # any_kernel is the same for all examples
+        HealthCheck.differing_executors,
+    ],
 )
 
 # Absolute error of a kernel that rounds probabilities and results to its dtype, for values of

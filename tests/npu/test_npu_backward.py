@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from npu_calls import examples, for_kernels, on_npu
+from npu_kernels import any_kernel  # noqa: F401
 from sample_inputs import ints, rand
 from strategies import SIZES, cumulative, dense_calls, heads, masks, tensor, varlen_calls
 from torch import Tensor
@@ -152,6 +153,7 @@ def check_random(name: str, call: dict[str, Any], **bounds: int) -> None:
 
 
 @FALLBACK
+@pytest.mark.usefixtures("any_kernel")
 @examples
 @given(served_calls(packed=False) | for_kernels(dense_calls(HALF)))
 def test_random_dense_calls(call: dict[str, Any]) -> None:
@@ -159,6 +161,7 @@ def test_random_dense_calls(call: dict[str, Any]) -> None:
 
 
 @FALLBACK
+@pytest.mark.usefixtures("any_kernel")
 @examples
 @given(served_calls(packed=True) | for_kernels(varlen_calls(HALF)))
 def test_random_packed_calls(call: dict[str, Any]) -> None:

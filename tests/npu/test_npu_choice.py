@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 import warnings
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import expecttest
 import pytest
 import torch
 from npu_calls import assert_close, assert_lse, to_npu
+from npu_kernels import put
 from sample_inputs import fp8, ints, rand
 from torch import Tensor
 
 import fa3_ops
 from fa3_ops import reference
-from fa3_ops.backends.npu import device
 
-STANDIN = Path(__file__).parent / "standin"
 HALF = torch.float16
 
 
@@ -35,10 +31,6 @@ def decode(d: int = 128, page_size: int = 128, dtype: torch.dtype = HALF) -> dic
         "page_table": ints(4, 2, 0, 1, 5, 3).view(2, 3),
         "causal": True,
     }
-
-
-def without_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "kernel", lambda: "flash_attn_npu is not installed")
 
 
 class TestExplain(expecttest.TestCase):
@@ -158,7 +150,7 @@ def test_float64_is_refused_with_the_reasons() -> None:
 
 @pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
 def test_without_flash_attn_npu_the_fused_operator_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_kernel(monkeypatch)
+    put(monkeypatch, "none")
     for call in (decode(), decode() | {"window_size": (60, 0)}, decode() | {"sinks": rand(8)}):
         want, want_lse = reference.flash_attn_with_kvcache(**call)
         explanation = fa3_ops.explain(fa3_ops.flash_attn_with_kvcache, **to_npu(call))
@@ -186,7 +178,7 @@ def test_without_flash_attn_npu_the_fused_operator_serves(monkeypatch: pytest.Mo
 def test_the_fused_operator_with_many_rows(
     call: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    without_kernel(monkeypatch)
+    put(monkeypatch, "none")
     call = decode() | {"q": rand(2, 40, 8, 128, dtype=HALF), "causal": False} | call
     want, want_lse = reference.flash_attn_with_kvcache(**call)
     with fa3_ops.use_backend("fused_infer_attention"):
@@ -201,7 +193,7 @@ def test_the_fused_operator_with_many_rows(
 def test_the_fused_operator_with_packed_q(
     paged: bool, used: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    without_kernel(monkeypatch)
+    put(monkeypatch, "none")
     torch.manual_seed(0)
     call: dict[str, Any] = {"q": rand(14, 8, 128, dtype=HALF), "cu_seqlens_q": ints(0, 5, 5, 13)}
     if paged:
@@ -226,27 +218,13 @@ def test_the_fused_operator_with_packed_q(
     assert_lse(lse, want_lse, HALF)
 
 
-def standin(folder: str, name: str) -> ModuleType:
-    """A raw extension of the stand-in that is not on the path."""
-    sys.path.insert(0, str(STANDIN))
-    spec = importlib.util.spec_from_file_location(
-        f"standin_{name}", STANDIN / folder / f"{name}.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
 class TestReleasesBefore03:
     """cu_seqlens_q relative to its first entry, softmax_lse token-major."""
 
     @pytest.fixture(autouse=True)
     def old(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        found = device.Kernel((0, 2), standin("old", "flash_attn_npu_3"), is_950=False)
-        monkeypatch.setattr(device, "kernel", lambda: found)
+        put(monkeypatch, "0.2 for 910")
 
     @pytest.mark.parametrize("first", [0, 4])
     def test_packed_q(self, first: int) -> None:
@@ -269,11 +247,28 @@ class TestReleasesBefore03:
         assert_close(out, want, HALF)
         assert_lse(lse, want_lse, HALF)
 
-    @pytest.mark.parametrize("call", [{"window_size": (5, 0)}, {"softcap": 2.0}], ids=str)
+    def test_activations_have_no_lengths_and_become_pages(self) -> None:
+        call = {name: rand(2, 40, h, 64, dtype=HALF) for name, h in (("q", 4), ("k", 2), ("v", 2))}
+        want, want_lse = reference.batched(**call, causal=True)
+        with fa3_ops.use_backend("flash_attn_npu"):
+            out, lse = fa3_ops.flash_attn_func(**to_npu(call), causal=True, return_attn_probs=True)
+        assert_close(out, want, HALF)
+        assert_lse(lse, want_lse, HALF)
+
+    @pytest.mark.parametrize(
+        "call",
+        [
+            {"window_size": (5, 0)},
+            {"softcap": 2.0},
+            {"q": rand(2, 9, 8, 128, dtype=HALF), "cache_seqlens": ints(8, 40)},
+        ],
+        ids=lambda call: " ".join(call),
+    )
     def test_what_it_lacks_is_served_otherwise(self, call: dict[str, Any]) -> None:
         call = decode() | call
         want, _ = reference.flash_attn_with_kvcache(**call)
-        assert fa3_ops.explain(fa3_ops.flash_attn_with_kvcache, **to_npu(call)).backend == "torch"
+        explanation = fa3_ops.explain(fa3_ops.flash_attn_with_kvcache, **to_npu(call))
+        assert explanation.backend in ("fused_infer_attention", "torch")
         assert_close(fa3_ops.flash_attn_with_kvcache(**to_npu(call)), want, HALF)
 
 
@@ -281,9 +276,7 @@ class TestReleasesBefore03:
 class TestAscend950:
     @pytest.fixture(autouse=True)
     def newer(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        module = standin("new", "flash_attn_npu_3_950")
-        found = device.Kernel((0, 4), module, is_950=True)
-        monkeypatch.setattr(device, "kernel", lambda: found)
+        put(monkeypatch, "0.4 for 950")
 
     @pytest.mark.parametrize(
         "call",
@@ -324,6 +317,31 @@ class TestAscend950:
         with fa3_ops.use_backend("flash_attn_npu"):
             out, lse = fa3_ops.flash_attn_with_kvcache(
                 **to_npu(call), max_seqlen_q=4, return_softmax_lse=True
+            )
+        assert_close(out, want, HALF)
+        assert_lse(lse, want_lse, HALF)
+
+    def test_a_window_over_fewer_keys_than_rows(self) -> None:
+        """The sequence with most keys has no rows, and so is not seen by the kernel."""
+        call = {name: rand(n, h, 64, dtype=HALF) for name, n, h in (("q", 6, 4), ("k", 10, 2))}
+        call |= {"v": rand(10, 2, 64, dtype=HALF), "window_size": (0, -1)}
+        call |= {"cu_seqlens_q": ints(0, 0, 6), "cu_seqlens_k": ints(0, 8, 10)}
+        want, want_lse = reference.batched(**call)
+        out, lse = fa3_ops.flash_attn_varlen_func(
+            **to_npu(call), max_seqlen_q=6, max_seqlen_k=8, return_attn_probs=True
+        )
+        assert_close(out, want, HALF)
+        assert_lse(lse, want_lse, HALF)
+
+    @pytest.mark.parametrize("used", [(3, 4), (0, 4), (0, 0)], ids=str)
+    def test_unused_rows(self, used: tuple[int, int]) -> None:
+        call = {name: rand(7, h, 64, dtype=HALF) for name, h in (("q", 4), ("k", 2), ("v", 2))}
+        call |= {"cu_seqlens_q": ints(0, 3, 7), "cu_seqlens_k": ints(0, 3, 7)}
+        call["seqused_q"] = ints(*used)
+        want, want_lse = reference.batched(**call, causal=True)
+        with fa3_ops.use_backend("flash_attn_npu"):
+            out, lse = fa3_ops.flash_attn_varlen_func(
+                **to_npu(call), max_seqlen_q=4, max_seqlen_k=4, causal=True, return_attn_probs=True
             )
         assert_close(out, want, HALF)
         assert_lse(lse, want_lse, HALF)

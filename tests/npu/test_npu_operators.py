@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from npu_calls import assert_close, assert_lse, examples, for_kernels, to_npu
+from npu_kernels import any_kernel  # noqa: F401
 from sample_inputs import ints, rand
 from strategies import HEADDIMS, dense_calls, kvcache_calls, varlen_calls
 from torch import Tensor
@@ -19,15 +20,14 @@ from fa3_ops import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn)
+# Some that the kernels take of a cache, which is not padded, and FIA of packed q.
+SOME_HEADDIMS = st.sampled_from([(16, 16), (32, 32), (128, 128), (192, 128)]) | HEADDIMS
 
 
-# flash_attn_npu takes no others of a cache, which is not padded.
-CACHE_HEADDIMS = st.sampled_from([(16, 16), (32, 32)])
-
-
+@pytest.mark.usefixtures("any_kernel")
 class TestFlashAttnFunc:
     @examples
-    @given(for_kernels(dense_calls(DTYPES)))
+    @given(for_kernels(dense_calls(DTYPES, SOME_HEADDIMS)))
     def test_random_calls(self, call: dict[str, Any]) -> None:
         out, lse = fa3_ops.flash_attn_func(**to_npu(call), return_attn_probs=True)
         want, want_lse = reference.batched(**call)
@@ -35,9 +35,10 @@ class TestFlashAttnFunc:
         assert_lse(lse, want_lse, call["q"].dtype)
 
 
+@pytest.mark.usefixtures("any_kernel")
 class TestFlashAttnVarlenFunc:
     @examples
-    @given(for_kernels(varlen_calls(DTYPES)))
+    @given(for_kernels(varlen_calls(DTYPES, SOME_HEADDIMS)))
     def test_random_calls(self, call: dict[str, Any]) -> None:
         bounds = {"max_seqlen_q": 40, "max_seqlen_k": 70}
         out, lse = fa3_ops.flash_attn_varlen_func(**to_npu(call), **bounds, return_attn_probs=True)
@@ -46,9 +47,10 @@ class TestFlashAttnVarlenFunc:
         assert_lse(lse, want_lse, call["q"].dtype)
 
 
+@pytest.mark.usefixtures("any_kernel")
 class TestFlashAttnWithKvcache:
     @examples
-    @given(for_kernels(kvcache_calls(DTYPES, CACHE_HEADDIMS | HEADDIMS)))
+    @given(for_kernels(kvcache_calls(DTYPES, SOME_HEADDIMS)))
     def test_random_calls(self, call: dict[str, Any]) -> None:
         device = to_npu(call)
         out, lse = fa3_ops.flash_attn_with_kvcache(**device, return_softmax_lse=True)

@@ -37,14 +37,14 @@ def prepare(call: Attention) -> tuple[Attention, Lengths | None]:
         # A schedule that the kernel cannot follow changes nothing outside a capture.
         call = replace(call, scheduler_metadata=None)
     lengths = Lengths.of(call)
-    call.longest_k = max(lengths.seqlens_k, default=0)
+    call.seqlens = list(zip(lengths.seqlens_q, lengths.seqlens_k, strict=True))
     return call, lengths
 
 
 def forward(call: Attention, into: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """out, in `into` if given, and softmax_lse."""
     call, lengths = prepare(call)
-    if call.is_empty:
+    if call.is_empty or (lengths is not None and not any(lengths.seqlens_q)):
         out, softmax_lse = call.empty_results()
         out.zero_()
         softmax_lse.fill_(float("-inf"))

@@ -18,8 +18,10 @@ class Capabilities:
     page_sizes: Collection[int]
     headdims: Collection[int]
     headdim_v_differs: bool = False
+    causal_of_few_keys: bool = True  # fewer than rows of q
     window: bool = True
     softcap: bool = True
+    paged_only: bool = False  # takes no keys without seqused_k, and no dense cache as it is
     lists_keys: bool = False  # wants seqused_k, of which none may be 0, and rows of every sequence
     max_num_splits: int = 20  # AI cores of the smallest 910B
     metadata: bool = False
@@ -40,8 +42,10 @@ ASCEND_910_BEFORE_0_3 = Capabilities(
     "before 0.3 on 910B/C",
     PAGES_910,
     HEADDIMS_910,
+    causal_of_few_keys=False,
     window=False,
     softcap=False,
+    paged_only=True,
     max_num_splits=1,
 )
 ASCEND_950 = Capabilities(

@@ -40,8 +40,11 @@ def not_supported(call: Attention, can: Capabilities) -> list[str]:
         reasons.append("attention_chunk")
     if call.is_local and not can.window:
         reasons.append("window_size")
-    if call.longest_k is not None and cuts_window(call, call.longest_k):
+    seqlens = [(q, k) for q, k in call.seqlens or () if q > 0]
+    if seqlens and cuts_window(call, max(k for _, k in seqlens)):
         reasons.append("window_size with more rows of q than keys")
+    if call.causal and not can.causal_of_few_keys and any(0 < k < q for q, k in seqlens):
+        reasons.append("causal with more rows of q than keys")
     if call.softcap > 0 and not can.softcap:
         reasons.append("softcap")
     if call.capturing:
@@ -104,12 +107,13 @@ class FlashAttnNpu:
 def lower(call: Attention, can: Capabilities, lengths: Lengths | None) -> Attention:
     """The steps of lowering.py that this kernel needs, and bounds for what no host has seen."""
     call = lowering.pad_headdim(call, can.headdims, equal=not can.headdim_v_differs)
-    drops = can.lists_keys and lengths is not None and 0 in lengths.seqlens_q
+    rows_for_all = lengths is not None and 0 not in lengths.seqlens_q and call.seqused_q is None
+    drops = can.lists_keys and not rows_for_all
     empty = call.cu_seqlens_k is not None and not (lengths and lengths.plain)
-    call = lowering.as_pages(call, can.page_sizes, force=empty or drops)
+    call = lowering.as_pages(call, can.page_sizes, force=can.paged_only or empty or drops)
     call = lowering.split_unused_rows(call)
     if can.lists_keys:
-        if call.cu_seqlens_q is not None and (drops or lengths is None):
+        if call.cu_seqlens_q is not None and drops:
             call = lowering.drop_empty_sequences(call)
         call = replace(call, seqused_k=lowering.keys_in_use(call))
     return replace(bound(call), q=call.q.contiguous())

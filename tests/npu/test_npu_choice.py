@@ -187,6 +187,25 @@ def test_the_fused_operator_with_many_rows(
     assert_lse(lse, want_lse, HALF)
 
 
+@pytest.mark.parametrize(("first", "behind"), [(3, 0), (0, 3)])
+def test_the_fused_operator_with_packed_keys_before_the_first_sequence(
+    first: int, behind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It knows the ends of sequences only, the first of which begins at 0."""
+    put(monkeypatch, "none")
+    torch.manual_seed(0)
+    keys = {name: rand(30 + first + behind, 2, 128, dtype=HALF) for name in "kv"}
+    call = {"q": rand(8, 8, 128, dtype=HALF), **keys}
+    call |= {"cu_seqlens_q": ints(0, 5, 8), "cu_seqlens_k": ints(0, 17, 30) + first}
+    want, want_lse = reference.batched(**call, causal=True)
+    with fa3_ops.use_backend("fused_infer_attention"):
+        out, lse = fa3_ops.flash_attn_varlen_func(
+            **to_npu(call), max_seqlen_q=5, max_seqlen_k=17, causal=True, return_attn_probs=True
+        )
+    assert_close(out, want, HALF)
+    assert_lse(lse, want_lse, HALF)
+
+
 @pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
 @pytest.mark.parametrize("paged", [True, False])
 @pytest.mark.parametrize("used", [True, False])

@@ -16,7 +16,7 @@ from fa3_ops.backends.npu import device, torch_ops
 from fa3_ops.backends.npu.capabilities import capabilities
 from fa3_ops.backends.npu.device import Kernel
 from fa3_ops.backends.npu.flash_attn_npu import not_supported
-from fa3_ops.backends.npu.lengths import Lengths
+from fa3_ops.backends.npu.lengths import Lengths, covers
 
 WIDTH = 64  # the kernel's head dimensions are multiples of it
 
@@ -62,12 +62,6 @@ def not_supported_reasons(wanted: Gradients) -> list[str]:
         if given:
             reasons.append(name)
     return reasons
-
-
-def covers(call: Attention, lengths: Lengths) -> bool:
-    """Whether every row of q, k and v belongs to a sequence, and every row of q sees a key."""
-    cu = lengths.cu_seqlens_k
-    return lengths.plain and (cu is None or (cu[0] == 0 and cu[-1] == call.k.shape[0]))
 
 
 def backward(wanted: Gradients) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fa3_ops.backends.attention import Attention
 from fa3_ops.backends.npu import lowering
-from fa3_ops.backends.npu.lengths import Lengths, blind_rows, bound, clear, read
+from fa3_ops.backends.npu.lengths import Lengths, blind_rows, bound, clear, covers, read
 
 DTYPES = (torch.float16, torch.bfloat16)
 PACKED_HEADDIMS = {(128, 128), (192, 128), (192, 192)}  # (headdim, headdim_v) in layout TND
@@ -84,7 +84,7 @@ class FusedInferAttention:
 def lower(call: Attention, lengths: Lengths) -> Attention:
     sizes = page_sizes(call)
     call = lowering.as_pages(
-        call, sizes, force=not lengths.plain, counts_keys=call.cu_seqlens_q is None
+        call, sizes, force=not covers(call, lengths), counts_keys=call.cu_seqlens_q is None
     )
     call = lowering.split_unused_rows(call)
     if call.cu_seqlens_q is not None and not lengths.plain:

@@ -114,6 +114,12 @@ class Lengths:
         return Lengths(cu_q, cu_k, seqlens_q, seqlens_k, plain)
 
 
+def covers(call: Attention, lengths: Lengths) -> bool:
+    """Whether every row of q, k and v belongs to a sequence, and every row of q sees a key."""
+    cu = lengths.cu_seqlens_k
+    return lengths.plain and (cu is None or (cu[0] == 0 and cu[-1] == call.k.shape[0]))
+
+
 def bound(call: Attention) -> Attention:
     """Page ids within the cache, lengths within the page table, and at least one key for every
     sequence: the kernel never sees an empty one, of which it makes different kinds of wrong."""

@@ -340,6 +340,15 @@ class TestAscend950:
         assert_close(out, want, HALF)
         assert_lse(lse, want_lse, HALF)
 
+    def test_no_row_is_one_of_a_sequence(self) -> None:
+        call = {name: rand(3, h, 64, dtype=HALF) for name, h in (("q", 4), ("k", 2), ("v", 2))}
+        call |= {"cu_seqlens_q": ints(0, 0, 0), "cu_seqlens_k": ints(0, 2, 3)}
+        out, lse = fa3_ops.flash_attn_varlen_func(
+            **to_npu(call), max_seqlen_q=1, max_seqlen_k=2, return_attn_probs=True
+        )
+        assert (out == 0).all()
+        assert (lse == float("-inf")).all()
+
     def test_a_window_over_fewer_keys_than_rows(self) -> None:
         """The sequence with most keys has no rows, and so is not seen by the kernel."""
         call = {name: rand(n, h, 64, dtype=HALF) for name, n, h in (("q", 6, 4), ("k", 10, 2))}

@@ -16,7 +16,8 @@ class Backend(Protocol):
     name: str
 
     def not_supported_reasons(self, call: Attention) -> list[str]:
-        """Why this backend cannot serve the call; empty if it can. Looks at shapes and dtypes."""
+        """Why this backend cannot serve the call; empty if it can. Looks at shapes and
+        dtypes, and at lengths where the host has read them."""
 
 
 BackendT = TypeVar("BackendT", bound=Backend)

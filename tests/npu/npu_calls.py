@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import strategies
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 examples = settings(
-    max_examples=100,
-    deadline=None,
-    print_blob=True,
+    strategies.examples(100),
     suppress_health_check=[
         HealthCheck.too_slow,
         HealthCheck.data_too_large,

@@ -40,10 +40,3 @@ def put(monkeypatch: pytest.MonkeyPatch, build: str) -> None:
         assert build == "0.4 for 910", build
         return
     monkeypatch.setattr(device, "kernel", lambda: found)
-
-
-@pytest.fixture(params=["0.4 for 910", "0.2 for 910", "0.4 for 950", "none"])
-def any_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """One of the builds; without any, CANN's fused_infer_attention and torch serve."""
-    put(monkeypatch, request.param)
-    return str(request.param)

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from npu_calls import examples, for_kernels, on_npu
-from npu_kernels import any_kernel  # noqa: F401
 from sample_inputs import ints, rand
 from strategies import SIZES, cumulative, dense_calls, heads, masks, tensor, varlen_calls
 from torch import Tensor
@@ -18,7 +17,6 @@ import fa3_ops
 from fa3_ops import reference
 from fa3_ops.backends.npu import device
 
-HALF = (torch.float16,)
 FALLBACK = pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
 
 
@@ -155,7 +153,7 @@ def check_random(name: str, call: dict[str, Any], **bounds: int) -> None:
 @FALLBACK
 @pytest.mark.usefixtures("any_kernel")
 @examples
-@given(served_calls(packed=False) | for_kernels(dense_calls(HALF)))
+@given(served_calls(packed=False) | for_kernels(dense_calls((torch.float16,))))
 def test_random_dense_calls(call: dict[str, Any]) -> None:
     check_random("flash_attn_func", call)
 
@@ -163,7 +161,7 @@ def test_random_dense_calls(call: dict[str, Any]) -> None:
 @FALLBACK
 @pytest.mark.usefixtures("any_kernel")
 @examples
-@given(served_calls(packed=True) | for_kernels(varlen_calls(HALF)))
+@given(served_calls(packed=True) | for_kernels(varlen_calls((torch.float16,))))
 def test_random_packed_calls(call: dict[str, Any]) -> None:
     check_random("flash_attn_varlen_func", call, max_seqlen_q=40, max_seqlen_k=80)
 

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from npu_calls import assert_close, assert_lse, examples, for_kernels, to_npu
-from npu_kernels import any_kernel  # noqa: F401
 from sample_inputs import ints, rand
 from strategies import HEADDIMS, dense_calls, kvcache_calls, varlen_calls
 from torch import Tensor

@@ -38,11 +38,12 @@ def not_supported(call: Attention, can: Capabilities) -> list[str]:
         reasons.append("alibi_slopes")
     if call.attention_chunk > 0:
         reasons.append("attention_chunk")
-    if call.is_local and not can.window:
-        reasons.append("window_size")
-    seqlens = [(q, k) for q, k in call.seqlens or () if q > 0]
-    if seqlens and cuts_window(call, max(k for _, k in seqlens)):
-        reasons.append("window_size with more rows of q than keys")
+    seqlens = call.seqlens or ()
+    if call.is_local:
+        if not can.window:
+            reasons.append("window_size")
+        if seqlens and cuts_window(call, max((k for q, k in seqlens if q > 0), default=0)):
+            reasons.append("window_size with more rows of q than keys")
     if call.causal and not can.causal_of_few_keys and any(0 < k < q for q, k in seqlens):
         reasons.append("causal with more rows of q than keys")
     if call.softcap > 0 and not can.softcap:
@@ -57,7 +58,7 @@ def cuts_window(call: Attention, longest_k: int) -> bool:
     """Whether the kernel computes another window: a right side that is infinite or past the longest
     k becomes the longest k, or infinite without a left side. More rows than keys notice it."""
     right = call.window_size[1]
-    return call.is_local and call.seqlen_q > longest_k + 1 and not 0 <= right < longest_k
+    return call.seqlen_q > longest_k + 1 and not 0 <= right < longest_k
 
 
 def metadata_reasons(call: Attention, can: Capabilities) -> list[str]:
@@ -69,7 +70,8 @@ def metadata_reasons(call: Attention, can: Capabilities) -> list[str]:
     for name, given in (
         ("seqused_q", call.seqused_q is not None),
         ("cache_leftpad", call.cache_leftpad is not None),
-        ("window_size", cuts_window(call, 1)),  # there may be as few keys when it runs
+        # There may be as few keys when it runs.
+        ("window_size", call.is_local and cuts_window(call, 1)),
     ):
         if given:
             reasons.append(f"{name} with scheduler_metadata")
@@ -107,14 +109,14 @@ class FlashAttnNpu:
 def lower(call: Attention, can: Capabilities, lengths: Lengths | None) -> Attention:
     """The steps of lowering.py that this kernel needs, and bounds for what no host has seen."""
     call = lowering.pad_headdim(call, can.headdims, equal=not can.headdim_v_differs)
-    rows_for_all = lengths is not None and 0 not in lengths.seqlens_q and call.seqused_q is None
-    drops = can.lists_keys and not rows_for_all
+    all_have_rows = lengths is not None and all(lengths.seqlens_q) and call.seqused_q is None
+    drops = can.lists_keys and not all_have_rows
     empty = call.cu_seqlens_k is not None and not (lengths and lengths.plain)
     call = lowering.as_pages(call, can.page_sizes, force=can.paged_only or empty or drops)
     call = lowering.split_unused_rows(call)
+    if drops and call.cu_seqlens_q is not None:
+        call = lowering.drop_empty_sequences(call)
     if can.lists_keys:
-        if call.cu_seqlens_q is not None and drops:
-            call = lowering.drop_empty_sequences(call)
         call = replace(call, seqused_k=lowering.keys_in_use(call))
     return replace(bound(call), q=call.q.contiguous())
 

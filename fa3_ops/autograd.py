@@ -1,22 +1,109 @@
-"""Gradients of the pure operators.
+"""Gradients of the operators that have one; the others refuse by name.
 
-The backward recomputes the probabilities from softmax_lse, so the forward saves q, k, v, out and
-softmax_lse and nothing that grows with their product. A gradient that arrives at softmax_lse counts
-too. What has no gradient is refused by name when one is asked for.
+The backward recomputes the probabilities from softmax_lse, so the forward saves its tensors, out
+and softmax_lse and nothing that grows with their product. A gradient that arrives at softmax_lse
+counts too.
+
+A compiler traces the backward together with the forward, whether or not anybody will ask for it. So
+what has no gradient is refused by an operator, `no_gradient`, which raises when it runs.
+
+These are kernels for PyTorch's Autograd key and not torch.library.register_autograd's, which know
+neither forward mode nor torch.func.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 ops = torch.ops.fa3npu
+_library = torch.library.Library("fa3npu", "IMPL")
 
 
-def _no_gradient(what: str) -> NotImplementedError:
-    return NotImplementedError(f"fa3_ops: {what} has no backward")
+def name_of(op: Any) -> str:
+    return str(op._schema.name.removeprefix("fa3npu::"))
+
+
+def is_watched(*arguments: object) -> bool:
+    """Whether somebody may differentiate a call with these arguments, in either mode."""
+    return forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+    )
+
+
+def below_autograd(op: Any, keyset: Any, *args: Any, **kwargs: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+
+class Recorded(torch.autograd.Function):
+    """A node of autograd's graph."""
+
+    name: str
+
+    @classmethod
+    def record(cls, keyset: Any, *args: Any) -> Any:
+        """apply, for one level of torch.func's transforms: what reaches the Autograd key are the
+        tensors of that level, and Function.apply would start the transform once more."""
+        apply = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
+        if not torch._C._are_functorch_transforms_active():
+            return apply(keyset, *args)
+        with enable_single_level_autograd_function():
+            return apply(keyset, *args)
+
+    @classmethod
+    def jvp(cls, ctx: Any, *tangents: Tensor | None) -> NoReturn:
+        raise NotImplementedError(f"fa3_ops: {cls.name} has no forward-mode derivative")
+
+
+def register(op: Any, node: type[Recorded]) -> None:
+    """Makes the node's class the operator's kernel for autograd."""
+    node.name = name_of(op)
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if is_watched(*args):
+            return node.record(keyset, *args)
+        return below_autograd(op, keyset, *args)
+
+    _library.impl(node.name, kernel, "Autograd", with_keyset=True)
+
+
+# ---- No gradient -------------------------------------------------------------------------------
+
+
+def _raise(gradient: Tensor, size: Sequence[int], dtype: torch.dtype, of: str) -> NoReturn:
+    raise NotImplementedError(f"fa3_ops: {of} has no backward")
+
+
+_library.impl("no_gradient", _raise, "CompositeExplicitAutograd")
+
+
+def without_gradient(op: Any, of: str) -> type[Recorded]:
+    """A node whose backward refuses."""
+
+    class NoGradient(Recorded):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+            ctx.inputs = [(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in args]
+            return below_autograd(op, keyset, *args)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+            refused: list[Tensor | None] = [None]
+            for i, like in enumerate(ctx.inputs):
+                needed = ctx.needs_input_grad[i + 1]
+                refused.append(ops.no_gradient(gradients[0], *like, of) if needed else None)
+            return tuple(refused)
+
+    return NoGradient
+
+
+# ---- Attention ---------------------------------------------------------------------------------
 
 
 def _dsinks(
@@ -26,131 +113,80 @@ def _dsinks(
     delta = (dout.float() * out.float()).sum(-1).transpose(-1, -2)
     if dlse is not None:
         delta = delta - dlse
-    probability = torch.where(
-        softmax_lse == float("-inf"), 0.0, torch.exp(sinks.float()[:, None] - softmax_lse)
-    )
+    probability = torch.exp(sinks.float()[:, None] - softmax_lse)
+    probability = torch.where(softmax_lse == float("-inf"), 0.0, probability)
+    probability = torch.where(softmax_lse == float("inf"), 1.0, probability)
     gradient = -(probability * delta).sum(-1)
     return (gradient.sum(0) if gradient.dim() == 2 else gradient).to(sinks.dtype)
 
 
-def _refuse_others(ctx: Any, op: Any, q: Tensor) -> None:
-    """A gradient asked of an argument that has none is an error, not a silent None."""
-    name = op._schema.name.removeprefix("fa3npu::")
-    # Shorter than the schema where the last arguments have their defaults.
-    for argument, needed in zip(op._schema.arguments, ctx.needs_input_grad, strict=False):
-        if needed and argument.name not in ("q", "k", "v", "sinks"):
-            raise _no_gradient(f"{argument.name} of {name}")
-    if ctx.has_qv:
-        raise _no_gradient(f"{name} with qv")
-    if q.dtype == torch.float8_e4m3fn:
-        raise _no_gradient(f"{name} of float8_e4m3fn")
+def differentiable(op: Any, backward_op: Any) -> type[Recorded]:
+    """The node of an attention operator: what its backward operator takes is saved by name."""
+    arguments = op._schema.arguments
+    names = [a.name for a in arguments]
+    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    shared = [a.name for a in backward_op._schema.arguments if a.name in names]
+    tensors = [a.name for a in arguments if a.name in (*shared, "sinks") and "Tensor" in str(a.type)]
+    name = name_of(op)
+
+    class Gradient(Recorded):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
+            output: tuple[Tensor, Tensor] = below_autograd(op, keyset, *args)
+            # The dispatcher leaves out the last arguments that have their defaults.
+            given = defaults | dict(zip(names, args, strict=False))
+            ctx.inputs = [(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in args]
+            ctx.settings = {n: given[n] for n in shared if n not in tensors}
+            ctx.no_gradient = None
+            if given["qv"] is not None:
+                ctx.no_gradient = f"{name} with qv"
+            elif given["q"].dtype == torch.float8_e4m3fn:
+                ctx.no_gradient = f"{name} of float8_e4m3fn"
+            ctx.save_for_backward(*(given[n] for n in tensors), *output)
+            ctx.set_materialize_grads(False)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+            *saved, out, softmax_lse = ctx.saved_tensors
+            given = dict(zip(tensors, saved, strict=True))
+            sinks = given.pop("sinks")
+            some = dlse if dout is None else dout
+            gradients: dict[str, Tensor] = {}
+            if ctx.no_gradient is None:
+                dout = torch.zeros_like(out) if dout is None else dout
+                dq, dk, dv = backward_op(
+                    dout=dout,
+                    out=out,
+                    softmax_lse=softmax_lse,
+                    dsoftmax_lse=dlse,
+                    **given,
+                    **ctx.settings,
+                )
+                gradients = {"q": dq, "k": dk, "v": dv}
+                if sinks is not None:
+                    gradients["sinks"] = _dsinks(sinks, dout, out, softmax_lse, dlse)
+            result: list[Tensor | None] = [None]
+            for i, like in enumerate(ctx.inputs):
+                gradient = gradients.get(names[i])
+                if gradient is None and ctx.needs_input_grad[i + 1]:
+                    of = ctx.no_gradient or f"{names[i]} of {name}"
+                    gradient = ops.no_gradient(some, *like, of)
+                result.append(gradient)
+            return tuple(result)
+
+    return Gradient
 
 
-def _setup_func(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.softmax_scale, ctx.causal, qv, *_ = inputs
-    ctx.window_size, ctx.attention_chunk, ctx.softcap = inputs[9:12]
-    ctx.deterministic, ctx.sm_margin, alibi_slopes, sinks = inputs[14:18]
-    ctx.has_qv = qv is not None
-    ctx.save_for_backward(q, k, v, *output, alibi_slopes, sinks)
-    ctx.set_materialize_grads(False)
-
-
-def _backward_func(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, softmax_lse, alibi_slopes, sinks = ctx.saved_tensors
-    _refuse_others(ctx, ops.flash_attn_func.default, q)
-    dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv = ops.flash_attn_func_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        ctx.softmax_scale,
-        ctx.causal,
-        ctx.window_size,
-        ctx.attention_chunk,
-        ctx.softcap,
-        ctx.deterministic,
-        ctx.sm_margin,
-        dlse,
-        alibi_slopes,
-    )
-    dsinks = None if sinks is None else _dsinks(sinks, dout, out, softmax_lse, dlse)
-    return dq, dk, dv, *(None,) * 14, dsinks
-
-
-def _setup_varlen(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, ctx.max_seqlen_q, ctx.max_seqlen_k = inputs[:7]
-    seqused_q, seqused_k, ctx.softmax_scale, ctx.causal, qv = inputs[7:12]
-    ctx.window_size, ctx.attention_chunk, ctx.softcap = inputs[15:18]
-    ctx.deterministic, ctx.sm_margin, alibi_slopes, sinks = inputs[20:24]
-    ctx.has_qv = qv is not None
-    ctx.save_for_backward(
-        q,
-        k,
-        v,
-        *output,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_q,
-        seqused_k,
-        alibi_slopes,
-        sinks,
-    )
-    ctx.set_materialize_grads(False)
-
-
-def _backward_varlen(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, softmax_lse, *lengths, alibi_slopes, sinks = ctx.saved_tensors
-    _refuse_others(ctx, ops.flash_attn_varlen_func.default, q)
-    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k = lengths
-    dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv = ops.flash_attn_varlen_func_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        ctx.max_seqlen_q,
-        ctx.max_seqlen_k,
-        seqused_q,
-        seqused_k,
-        ctx.softmax_scale,
-        ctx.causal,
-        ctx.window_size,
-        ctx.attention_chunk,
-        ctx.softcap,
-        ctx.deterministic,
-        ctx.sm_margin,
-        dlse,
-        alibi_slopes,
-    )
-    dsinks = None if sinks is None else _dsinks(sinks, dout, out, softmax_lse, dlse)
-    return dq, dk, dv, *(None,) * 20, dsinks
-
-
-def _refuse(name: str) -> Any:
-    def backward(ctx: Any, *grads: Tensor | None) -> None:
-        raise _no_gradient(name)
-
-    return backward
-
-
-torch.library.register_autograd(
-    "fa3npu::flash_attn_func", _backward_func, setup_context=_setup_func
-)
-torch.library.register_autograd(
-    "fa3npu::flash_attn_varlen_func", _backward_varlen, setup_context=_setup_varlen
-)
-for _name in (
-    "flash_attn_func_backward",
-    "flash_attn_varlen_func_backward",
-    "flash_attn_kvcache",
-    "apply_rotary",
-    "flash_attn_combine",
+for _op, _backward in (
+    (ops.flash_attn_func.default, ops.flash_attn_func_backward.default),
+    (ops.flash_attn_varlen_func.default, ops.flash_attn_varlen_func_backward.default),
 ):
-    torch.library.register_autograd(f"fa3npu::{_name}", _refuse(_name))
+    register(_op, differentiable(_op, _backward))
+    register(_backward, without_gradient(_backward, f"the backward of {name_of(_op)}"))
+for _op in (
+    ops.flash_attn_kvcache.default,
+    ops.apply_rotary.default,
+    ops.flash_attn_combine.default,
+):
+    register(_op, without_gradient(_op, name_of(_op)))

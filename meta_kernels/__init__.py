@@ -9,6 +9,7 @@ from . import (
     flash_attn_varlen_func,
     get_scheduler_metadata,
     kvcache_append,
+    no_gradient,
 )
 
 __all__ = [
@@ -19,4 +20,5 @@ __all__ = [
     "flash_attn_varlen_func",
     "get_scheduler_metadata",
     "kvcache_append",
+    "no_gradient",
 ]

@@ -7,7 +7,7 @@ interface over them, fa3_ops.v2 and fa3_ops.v4 those of FlashAttention-2 and -4.
 from fa3_ops import _library  # noqa: F401  first: the operators that the others extend
 
 import fa3_ops.meta_kernels  # noqa: F401  # isort: skip
-from fa3_ops import autocast, autograd, backends, composite, flops  # noqa: F401  # isort: skip
+from fa3_ops import autocast, autograd, backends, composite, flops, vmap, writes  # noqa: F401  # isort: skip
 from fa3_ops.backends import FallbackWarning, explain, use_backend
 from fa3_ops.interface import (
     flash_attn_combine,

@@ -29,10 +29,10 @@ def name_of(op: Any) -> str:
     return str(op._schema.name.removeprefix("fa3npu::"))
 
 
-def is_watched(*arguments: object) -> bool:
+def is_watched(*arguments: object, **keywords: object) -> bool:
     """Whether somebody may differentiate a call with these arguments, in either mode."""
     return forward_ad._current_level >= 0 or (
-        torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
+        torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments, **keywords)
     )
 
 
@@ -101,6 +101,30 @@ def without_gradient(op: Any, of: str) -> type[Recorded]:
             return tuple(refused)
 
     return NoGradient
+
+
+class Unconnected(torch.autograd.Function):
+    """q, as if `others` had gone into it: whoever asks for their gradient through what is made of q
+    hears that there is none."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(of: str, q: Tensor, *others: Tensor | None) -> Tensor:
+        return q.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.of, *tensors = inputs
+        ctx.inputs = [None if x is None else (x.shape, x.dtype) for x in tensors]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        refused: list[Tensor | None] = [None]
+        for i, like in enumerate(ctx.inputs):
+            needed = ctx.needs_input_grad[i + 1]
+            refused.append(ops.no_gradient(gradient, *like, ctx.of) if needed else None)
+        return tuple(refused)
 
 
 # ---- Attention ---------------------------------------------------------------------------------

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float64)
 MAX_HEADDIM = 512
@@ -55,6 +57,8 @@ def values(t: Tensor | None) -> list[int] | None:
     """The values of a CPU tensor, or None where looking would synchronise or is impossible."""
     if t is None or type(t) is not torch.Tensor or torch.compiler.is_compiling():
         return None
+    if torch._C._are_functorch_transforms_active():
+        return None
     return t.tolist() if t.device.type == "cpu" else None
 
 
@@ -82,6 +86,13 @@ def same_device(q: Tensor, others: Mapping[str, Tensor | None]) -> None:
     for name, t in others.items():
         if t is not None and t.device != device:
             raise ValueError(f"{name} must be on the device of q, {device}, got {t.device}")
+
+
+def constants(*numbers: float | None) -> tuple[Any, ...]:
+    """Numbers of the schema, which a compiler may have made symbols, as numbers: another value is
+    another graph already where it is traced. An operator would make it so further down, where
+    Inductor's cache of AOTAutograd does not see it: it would take the graph of the old number."""
+    return tuple(n if n is None else guard_scalar(n) for n in numbers)
 
 
 def softmax(

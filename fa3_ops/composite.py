@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fa3_ops import checks
+from fa3_ops.autograd import Unconnected, is_watched
 from fa3_ops.backends.npu.apply_rotary import rotate
 from fa3_ops.errors import as_value_errors
 
@@ -97,6 +98,10 @@ def _append(
         rotary_seqlens=rotary_seqlens,
     )
     if k is not None and cache_seqlens is not None:
+        if is_watched(k, v, rotary_cos, rotary_sin):
+            new = (k, v, rotary_cos, rotary_sin)
+            q = Unconnected.apply("flash_attn_with_kvcache", q, *new)
+            k, v, rotary_cos, rotary_sin = (None if x is None else x.detach() for x in new)
         if rotary_cos is not None:
             turn: Callable[..., Tensor] = ops.apply_rotary
             first = cache_seqlens if rotary_seqlens is None else rotary_seqlens

@@ -17,11 +17,15 @@ def _lengths(
     cu_seqlens: Tensor | None, seqused: Tensor | None, longest: int, batch: int
 ) -> list[int]:
     """Rows of each sequence; where lengths cannot be read, the longest for all."""
-    if seqused is not None and not isinstance(seqused, FakeTensor):
+    if seqused is not None and _has_values(seqused):
         return seqused.tolist()
-    if cu_seqlens is not None and not isinstance(cu_seqlens, FakeTensor):
+    if cu_seqlens is not None and _has_values(cu_seqlens):
         return cu_seqlens.diff().tolist()
     return [longest] * batch
+
+
+def _has_values(t: Tensor) -> bool:
+    return not (isinstance(t, FakeTensor) or t.is_meta)
 
 
 def _pairs(q_lengths: list[int], k_lengths: list[int]) -> int:

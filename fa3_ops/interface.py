@@ -101,6 +101,8 @@ def flash_attn_func(
     if s_aux is not None or learnable_sink is not None:
         sinks = _one_of(sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
     window = _window(window_size)
+    if torch.compiler.is_compiling():
+        softmax_scale, softcap = checks.constants(softmax_scale, softcap)
     q, k, v, qv = cast_training(q, k, v, qv)
     checks.attention(
         q,
@@ -186,6 +188,8 @@ def flash_attn_varlen_func(
     if block_table is not None:
         page_table = _one_of(page_table=page_table, block_table=block_table)
     window = _window(window_size)
+    if torch.compiler.is_compiling():
+        softmax_scale, softcap = checks.constants(softmax_scale, softcap)
     if page_table is None:
         q, k, v, qv = cast_training(q, k, v, qv)
     checks.attention(
@@ -383,6 +387,8 @@ def flash_attn_with_kvcache(
     if isinstance(cache_seqlens, int):
         batch = q.shape[:1] if cu_seqlens_q is None else (cu_seqlens_q.shape[0] - 1,)
         cache_seqlens = torch.full(batch, cache_seqlens, dtype=torch.int32, device=k_cache.device)
+    if torch.compiler.is_compiling():
+        softmax_scale, softcap = checks.constants(softmax_scale, softcap)
     arguments = (
         *(q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx),
         *(cache_leftpad, page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, rotary_seqlens),
@@ -478,6 +484,8 @@ def get_scheduler_metadata(
     be captured itself (RuntimeError): make it before each replay and copy it into the tensor that
     the captured call got.
     """
+    if torch.compiler.is_compiling():
+        softmax_scale, softcap = checks.constants(softmax_scale, softcap)
     checks.lengths(cache_seqlens, batch_size, "cache_seqlens")
     checks.lengths(cu_seqlens_k_new, batch_size + 1, "cu_seqlens_k_new")
     checks.lengths(cache_leftpad, batch_size, "cache_leftpad")

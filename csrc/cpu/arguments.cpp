@@ -4,22 +4,11 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/written.h"
+
 namespace fa3npu {
 
 namespace {
-
-int64_t element_size(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return 8;
-    case ScalarType::Float:
-      return 4;
-    case ScalarType::Float8_e4m3fn:
-      return 1;
-    default:
-      return 2;
-  }
-}
 
 bool is_attention_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::Half ||
@@ -53,6 +42,19 @@ Scalars scalars_of(const Tensor& t) {  // (nheads,) or (batch, nheads)
 }
 
 }  // namespace
+
+int64_t element_size(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+      return 8;
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::Float8_e4m3fn:
+      return 1;
+    default:
+      return 2;
+  }
+}
 
 std::string shape_of(const Tensor& t) {
   std::string text = "(";
@@ -157,6 +159,10 @@ AttentionCall::AttentionCall(const AttentionArguments& args)
   q_ = contiguous_rows(args.q);
   k_ = contiguous_rows(args.k);
   v_ = contiguous_rows(args.v);
+  for (const MaybeTensor& t :
+       {MaybeTensor(args.q), MaybeTensor(args.k), MaybeTensor(args.v), args.qv, args.page_table,
+        args.q_descale, args.k_descale, args.v_descale, args.alibi_slopes, args.sinks})
+    if (t) inputs_.push_back(*t);
   attention.q = rows_of(q_);
   attention.k = rows_of(k_);
   attention.v = rows_of(v_);
@@ -320,6 +326,14 @@ std::tuple<Tensor, Tensor> AttentionCall::forward(MaybeTensor out) {
     check_dtype(*out, dtype, "out");
     FA3_CHECK(out->stride(-1) == 1 || out->size(-1) == 1,
               "out must have a contiguous last dimension, got stride ", out->stride(-1));
+    check_distinct_elements(*out, "out");
+    const auto overlaps = [&](const Tensor& t) { return may_overlap(t, *out); };
+    if (std::any_of(inputs_.begin(), inputs_.end(), overlaps)) {
+      const auto [fresh, lse] = forward(std::nullopt);
+      torch::stable::copy_(*out, fresh);
+      return {*out, lse};
+    }
+    mark_written(*out, "out");
   } else {
     out = empty(shape, dtype);
   }

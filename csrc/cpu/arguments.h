@@ -20,6 +20,7 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
 std::string shape_of(const Tensor& t);
+int64_t element_size(ScalarType dtype);  // in bytes
 
 // An int32 vector of `size` lengths or offsets.
 struct Lengths {
@@ -92,6 +93,7 @@ class AttentionCall {
   Tensor q_, k_, v_;
   bool packed_q_, packed_k_;
   std::vector<Sequence> sequences_;
+  std::vector<Tensor> inputs_;  // what the kernel reads while it writes
   std::vector<Tensor> kept_;
 };
 

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/rotary.h"
+#include "cpu/written.h"
 
 namespace fa3npu {
 namespace {
@@ -27,13 +28,21 @@ void kvcache_append_(Tensor k_, Tensor v_, Tensor k_cache, Tensor v_cache, Tenso
   };
   check_pair(k_, k_cache, "k");
   check_pair(v_, v_cache, "v");
+  check_distinct_elements(k_cache, "k_cache");
+  check_distinct_elements(v_cache, "v_cache");
   FA3_CHECK(k_.size(0) == v_.size(0) && k_.size(1) == v_.size(1), "v must have as many rows as k, ",
             shape_of(k_), ", got ", shape_of(v_));
   FA3_CHECK(k_cache.size(0) == v_cache.size(0) && k_cache.size(1) == v_cache.size(1) &&
                 k_cache.size(2) == v_cache.size(2),
             "v_cache must have the shape of k_cache up to headdim, ", shape_of(k_cache), ", got ",
             shape_of(v_cache));
-  const Tensor k = contiguous_rows(k_), v = contiguous_rows(v_);
+  // A copy where the write would change what is still to be read.
+  const auto apart = [&](const Tensor& t) {
+    return may_overlap(t, k_cache) || may_overlap(t, v_cache) ? torch::stable::clone(t) : t;
+  };
+  const Tensor k = contiguous_rows(apart(k_)), v = contiguous_rows(apart(v_));
+  if (rotary_cos) rotary_cos = apart(*rotary_cos);
+  if (rotary_sin) rotary_sin = apart(*rotary_sin);
 
   const Lengths cache_seqlens(cache_seqlens_, batch, "cache_seqlens");
   const Lengths rotary_seqlens(rotary_seqlens_, batch, "rotary_seqlens");
@@ -73,6 +82,8 @@ void kvcache_append_(Tensor k_, Tensor v_, Tensor k_cache, Tensor v_cache, Tenso
     }
   }
 
+  mark_written(k_cache, "k_cache");
+  mark_written(v_cache, "v_cache");
   const Rows k_from = rows_of(k), v_from = rows_of(v), k_to = rows_of(k_cache),
              v_to = rows_of(v_cache);
   torch::stable::parallel_for(0, rows.size(), 64, [&](int64_t first, int64_t last) {

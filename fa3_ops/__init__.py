@@ -8,7 +8,7 @@ from fa3_ops import _library  # noqa: F401  first: the operators that the others
 
 import fa3_ops.meta_kernels  # noqa: F401  # isort: skip
 from fa3_ops import autocast, autograd, backends, composite, flops, vmap, writes  # noqa: F401  # isort: skip
-from fa3_ops.backends import FallbackWarning, explain, use_backend
+from fa3_ops.backends import FallbackWarning, explain, npu, use_backend  # noqa: F401
 from fa3_ops.interface import (
     flash_attn_combine,
     flash_attn_func,

@@ -7,7 +7,6 @@ pure operator that reads it, whose order the schemas declare.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from fa3_ops import checks
 from fa3_ops.autograd import Unconnected, is_watched
-from fa3_ops.backends.npu.apply_rotary import rotate
 from fa3_ops.errors import as_value_errors
 
 ops = torch.ops.fa3npu
@@ -103,17 +101,13 @@ def _append(
             q = Unconnected.apply("flash_attn_with_kvcache", q, *new)
             k, v, rotary_cos, rotary_sin = (None if x is None else x.detach() for x in new)
         if rotary_cos is not None:
-            turn: Callable[..., Tensor] = ops.apply_rotary
             first = cache_seqlens if rotary_seqlens is None else rotary_seqlens
             # Without a causal or local mask all rows of q count as the first new position.
             advance = causal or max(window_size) >= 0 or attention_chunk > 0
-            if q.device.type == "npu":
-                # The NPU's append rotates nothing; a compiler sees plain operators.
-                if torch.compiler.is_compiling():
-                    turn = rotate
-                k = turn(k, rotary_cos, rotary_sin, first, cu_seqlens_k_new, rotary_interleaved)
-            q = turn(q, rotary_cos, rotary_sin, first, cu_seqlens_q, rotary_interleaved, advance)
-            if q.device.type == "npu":
+            tables = (rotary_cos, rotary_sin, first)
+            q = ops.apply_rotary(q, *tables, cu_seqlens_q, rotary_interleaved, advance)
+            if q.device.type == "npu":  # whose append rotates nothing
+                k = ops.apply_rotary(k, *tables, cu_seqlens_k_new, rotary_interleaved)
                 rotary_cos = rotary_sin = rotary_seqlens = None
         ops.kvcache_append_(
             k,

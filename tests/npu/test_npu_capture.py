@@ -16,6 +16,7 @@ from torch import Tensor
 
 import fa3_ops
 from fa3_ops import reference
+from fa3_ops.backends.npu import device, lowering
 
 B, HEADS, HEADS_K, D, PAGE, PAGES = 3, 4, 2, 64, 16, 12
 CAPACITY = PAGE * PAGES
@@ -186,6 +187,153 @@ def test_metadata_of_another_call_gives_nan(what: str) -> None:
     out, softmax_lse = decoder.step(metadata)
     assert out.cpu().isnan().all()
     assert softmax_lse.cpu().isnan().all()
+
+
+def strided_cache(name: str) -> tuple[Tensor, Tensor]:
+    """k_cache and v_cache of B * PAGES pages that are not dense memory."""
+    shape = (B * PAGES, PAGE, HEADS_K, D)
+    if name == "spare token":  # behind every page
+        return tuple(rand(B * PAGES, PAGE + 1, HEADS_K, D).half().npu()[:, :PAGE] for _ in "kv")
+    if name == "heads first":
+        return tuple(rand(B * PAGES, HEADS_K, PAGE, D).half().npu().transpose(1, 2) for _ in "kv")
+    assert name == "interleaved"
+    both = rand(B * PAGES, 2, *shape[1:]).half().npu()
+    return both[:, 0], both[:, 1]
+
+
+class Reader(Decoder):
+    """A decode step that only attends, over a cache of any layout or dtype."""
+
+    def __init__(self, k_cache: Tensor, v_cache: Tensor) -> None:
+        super().__init__()
+        self.k_cache, self.v_cache = k_cache, v_cache
+        self.q = self.q.cpu().to(k_cache.dtype).npu()
+
+    def made_for(self, dtype: torch.dtype) -> Tensor:
+        return fa3_ops.get_scheduler_metadata(
+            *(B, 1, CAPACITY, HEADS, HEADS_K, D, self.cache_seqlens, dtype),
+            page_size=PAGE,
+            causal=True,
+        )
+
+    def step(self, scheduler_metadata: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return torch.ops.fa3npu.flash_attn_kvcache(
+            *(self.q, self.k_cache, self.v_cache),
+            cache_seqlens=self.cache_seqlens,
+            page_table=self.page_table,
+            causal=True,
+            scheduler_metadata=scheduler_metadata,
+        )
+
+    def check(self, dtype: torch.dtype) -> None:
+        """Metadata changes no number, neither in eager nor in a capture."""
+        metadata = self.made_for(dtype)
+        eager = self.step(metadata)
+        graph = torch.npu.NPUGraph()
+        with torch.npu.graph(graph):
+            captured = self.step(metadata)
+        for step in range(3):
+            self.cache_seqlens += 20 * step
+            metadata.copy_(self.made_for(dtype))
+            graph.replay()
+            want, want_lse = self.step()
+            for out, softmax_lse in (
+                captured,
+                self.step(metadata),
+                *([eager] if step == 0 else []),
+            ):
+                assert_close(out, want.cpu().double(), torch.bfloat16)
+                assert_lse(softmax_lse, want_lse.cpu().double(), torch.float16)
+
+
+@pytest.mark.parametrize("layout", ["spare token", "heads first"])
+def test_metadata_of_a_cache_that_is_not_read_in_place(layout: str) -> None:
+    """It is made for the pages that the caller has. Eager calls do without it, a captured one
+    copies the pages, so that they stay those."""
+    reader = Reader(*strided_cache(layout))
+    with pytest.warns(fa3_ops.FallbackWarning, match="copies what is read of the cache"):
+        reader.check(torch.float16)
+
+
+def test_metadata_of_interleaved_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FA3NPU_STRICT", "1")  # nothing is copied
+    Reader(*strided_cache("interleaved")).check(torch.float16)
+
+
+@pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float16], ids=str)
+def test_metadata_of_an_fp8_cache(dtype: torch.dtype) -> None:
+    """The kernel gets float16 pages of another size."""
+    shape = (B * PAGES, PAGE, HEADS_K, D)
+    Reader(*(rand(*shape).to(torch.float8_e4m3fn).npu() for _ in "kv")).check(dtype)
+
+
+@pytest.mark.parametrize("name", ["fused_infer_attention", "torch"])
+def test_metadata_beside_a_backend_that_does_not_read_it(name: str) -> None:
+    decoder = Decoder()
+    decoder.page_table = decoder.page_table // 8  # of pages that FIA has
+    decoder.k_cache, decoder.v_cache = (
+        rand(6, 128, HEADS_K, D, dtype=torch.float16).npu() for _ in "kv"
+    )
+    stale = decoder.made_metadata()
+    with fa3_ops.use_backend(name):
+        want, got = decoder.step(), decoder.step(stale)
+    assert torch.equal(got[0].cpu(), want[0].cpu())
+
+
+# ---- What is made once -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a fresh process."""
+    monkeypatch.setattr(device, "_constants", {})
+
+
+@pytest.mark.usefixtures("nothing_made")
+@pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
+@pytest.mark.parametrize("what", ["mask", "fp8"])
+def test_what_one_stream_makes_others_may_use(what: str) -> None:
+    torch.manual_seed(0)
+    dtype = torch.float8_e4m3fn if what == "fp8" else torch.float16
+    q, k, v = (rand(1, 5, 2, 64).to(dtype) for _ in range(3))
+    want, _ = reference.batched(q, k, v, causal=True)
+    inputs = [x.npu() for x in (q, k, v)]
+    torch.npu.synchronize()
+    with fa3_ops.use_backend("fused_infer_attention"):
+        with torch.npu.stream(torch.npu.Stream()):
+            first = fa3_ops.flash_attn_func(*inputs, causal=True)
+        with torch.npu.stream(torch.npu.Stream()):
+            assert_close(fa3_ops.flash_attn_func(*inputs, causal=True), want, torch.bfloat16)
+    torch.npu.synchronize()
+    assert_close(first, want, torch.bfloat16)
+
+
+@pytest.mark.usefixtures("nothing_made")
+@pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
+def test_the_fp8_table_of_a_capture_is_its_own() -> None:
+    """Its memory is the graph's, and nothing in it comes from the host."""
+    shape = (B * PAGES, PAGE, HEADS_K, D)
+    reader = Reader(*(rand(*shape).to(torch.float8_e4m3fn).npu() for _ in "kv"))
+    graph = torch.npu.NPUGraph()
+    with torch.npu.graph(graph):
+        out, _ = reader.step()
+    assert device._constants == {}
+    for _ in range(2):
+        reader.cache_seqlens += 5
+        graph.replay()
+        assert_close(out, reader.step()[0].cpu().double(), torch.bfloat16)
+    del graph, out
+    again = reader.step()[0].cpu()  # the first outside of it makes one that stays
+    assert not again.isnan().any()
+
+
+def test_the_fp8_table() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    want = codes.view(torch.float8_e4m3fn).float()
+    got = lowering._e4m3_values(torch.device("npu:0")).cpu()
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(got.signbit(), want.signbit())
 
 
 def test_without_metadata_plain_torch_is_captured() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import expecttest
 import pytest
@@ -17,6 +17,9 @@ from torch import Tensor
 
 import fa3_ops
 from fa3_ops import reference
+from fa3_ops.backends import Attention
+from fa3_ops.backends.npu import device
+from fa3_ops.backends.npu.fused_infer_attention import FusedInferAttention
 
 HALF = torch.float16
 
@@ -235,6 +238,185 @@ def test_the_fused_operator_with_packed_q(
         out, lse = function(**to_npu(call), **bounds, causal=True, **{flag: True})
     assert_close(out, want, HALF)
     assert_lse(lse, want_lse, HALF)
+
+
+@pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
+class TestFusedOperatorOfRelease:
+    """Layout TND: what CANN documents of each release; see capabilities.py."""
+
+    @pytest.fixture(autouse=True)
+    def none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        put(monkeypatch, "none")
+
+    def packed(
+        self, headdim: int = 128, headdim_v: int = 128, dtype: torch.dtype = HALF, nheads: int = 8
+    ) -> dict[str, Any]:
+        torch.manual_seed(0)
+        return {
+            "q": rand(8, nheads, headdim, dtype=dtype),
+            "k": rand(30, 8, headdim, dtype=dtype),
+            "v": rand(30, 8, headdim_v, dtype=dtype),
+            "cu_seqlens_q": ints(0, 5, 8),
+            "cu_seqlens_k": ints(0, 17, 30),
+        }
+
+    BOUNDS: ClassVar = {"max_seqlen_q": 5, "max_seqlen_k": 28}
+    BFLOAT: ClassVar = {"dtype": torch.bfloat16}
+
+    def reasons(self, call: dict[str, Any], **keywords: Any) -> str:
+        """Of FIA against the call; empty if it serves."""
+        function = fa3_ops.flash_attn_varlen_func
+        explanation = fa3_ops.explain(function, **to_npu(call), **self.BOUNDS, **keywords)
+        why = explanation.steps[-1].refusals.get("fused_infer_attention", [])
+        assert explanation.backend == ("torch" if why else "fused_infer_attention")
+        return ", ".join(why)
+
+    @pytest.mark.parametrize(
+        ("release", "call", "keywords", "why"),
+        [
+            ((8, 2), {"headdim": 192, **BFLOAT}, {"causal": True}, ""),
+            ((8, 2), {"headdim": 192, "headdim_v": 192, **BFLOAT}, {"causal": True}, ""),
+            ((8, 2), BFLOAT, {"causal": True}, "headdim 128 and headdim_v 128 of packed q"),
+            ((8, 2), {"headdim": 192}, {"causal": True}, "dtype torch.float16 of packed q"),
+            ((8, 2), {"headdim": 192, **BFLOAT}, {}, "packed q without a causal mask"),
+            (
+                (8, 2),
+                {"headdim": 192, "nheads": 16, **BFLOAT},
+                {"causal": True},
+                "nheads 16 of nheads_k 8 of packed q",
+            ),
+            (None, BFLOAT, {"causal": True}, "CANN 8.2 or unknown"),
+            ((8, 3), BFLOAT, {"causal": True}, ""),
+            ((8, 3), BFLOAT, {}, ""),
+            ((8, 3), {}, {"causal": True}, "dtype torch.float16 of packed q (CANN 8.3)"),
+            ((8, 5), {}, {"causal": True}, ""),
+            ((8, 5), {}, {}, ""),
+            ((8, 5), {"headdim": 192}, {}, ""),
+            ((8, 5), {"headdim": 192, "headdim_v": 192}, {"causal": True}, ""),
+            ((8, 5), {"headdim": 192, "headdim_v": 192}, {}, "without a causal mask"),
+            ((8, 5), {"headdim": 64, "headdim_v": 64}, {"causal": True}, "headdim 64"),
+            ((9, 1), {}, {}, ""),
+        ],
+        ids=str,
+    )
+    def test_packed_keys(
+        self,
+        release: tuple[int, int] | None,
+        call: dict[str, Any],
+        keywords: dict[str, Any],
+        why: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(device, "cann_release", lambda: release)
+        reasons = self.reasons(self.packed(**call), **keywords)
+        assert why in reasons
+        assert bool(why) == bool(reasons)
+
+    @pytest.mark.parametrize("release", [(8, 2), (8, 3), (8, 5)])
+    def test_what_needs_a_page_table(
+        self, release: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(device, "cann_release", lambda: release)
+        width = 192 if release == (8, 2) else 128
+        old = release < (8, 5)
+        why = "packed q over keys that need a page table" if old else ""
+        plain = self.packed(width, **self.BFLOAT)
+        assert self.reasons(plain, causal=True) == ""
+        for more in (
+            {"seqused_k": ints(17, 9)},
+            {"seqused_q": ints(5, 2)},
+            {"cu_seqlens_q": ints(1, 5, 8)},
+            {"cu_seqlens_k": ints(0, 17, 29)},
+        ):
+            assert why in self.reasons(plain | more, causal=True)
+        few = plain | {"cu_seqlens_k": ints(0, 2, 30)}
+        why = "causal packed q with more rows than keys" if old else ""
+        assert why in self.reasons(few, causal=True)
+        cache = decode(dtype=torch.bfloat16) | {"cu_seqlens_q": ints(0, 1, 2)}
+        cache["q"] = cache["q"].flatten(0, 1)
+        function = fa3_ops.flash_attn_with_kvcache
+        backend = fa3_ops.explain(function, **to_npu(cache), max_seqlen_q=1).backend
+        assert backend == ("torch" if old else "fused_infer_attention")
+
+    def test_what_the_release_is(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch_npu
+
+        for said, release in (
+            ("8.5.0", (8, 5)),
+            ("8.3.RC1", (8, 3)),
+            ("9.10.1", (9, 10)),
+            ("", None),
+        ):
+            monkeypatch.setattr(torch_npu.npu.utils, "get_cann_version", lambda said=said: said)
+            assert device.cann_release.__wrapped__() == release
+        monkeypatch.delattr(torch_npu.npu.utils, "get_cann_version")
+        assert device.cann_release.__wrapped__() is None
+
+    @pytest.mark.parametrize("causal", [True, False])
+    @pytest.mark.parametrize("rows", [1, 4])
+    @pytest.mark.parametrize("layout", ["packed", "paged", "seqused_q"])
+    def test_packed_q_never_goes_without_a_mask(
+        self, layout: str, rows: int, causal: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """vllm-ascend #13699: sparse_mode 0 in layout TND gives a uniform average."""
+        import torch_npu
+
+        modes = []
+        fused = torch_npu.npu_fused_infer_attention_score
+
+        def spy(*arguments: Any, **keywords: Any) -> Any:
+            assert keywords["input_layout"] == "TND"
+            assert keywords["atten_mask"] is not None
+            ends = keywords["pre_tokens"], keywords["next_tokens"]
+            # A kernel adds lengths to them in 32 bits.
+            assert max(ends) + max(keywords["actual_seq_lengths_kv"]) < 2**31
+            modes.append(keywords["sparse_mode"])
+            return fused(*arguments, **keywords)
+
+        monkeypatch.setattr(torch_npu, "npu_fused_infer_attention_score", spy)
+        call = decode() | {"causal": causal, "q": rand(2, rows, 8, 128, dtype=HALF)}
+        bounds = {"max_seqlen_q": rows}
+        if layout == "seqused_q":
+            call = {"q": call["q"], "k": rand(2, 30, 2, 128, dtype=HALF), "causal": causal}
+            call |= {"v": call["k"].clone(), "seqused_q": ints(1, rows)}
+            function, truth = torch.ops.fa3npu.flash_attn_varlen_func, reference.batched
+            device_call = to_npu(call) | {"cu_seqlens_q": None, "cu_seqlens_k": None}
+            device_call |= {"max_seqlen_q": None, "max_seqlen_k": None}
+        else:
+            call |= {"q": call["q"].flatten(0, 1), "cu_seqlens_q": ints(0, rows, 2 * rows)}
+            function, truth = fa3_ops.flash_attn_with_kvcache, reference.flash_attn_with_kvcache
+            if layout == "packed":
+                keys = self.packed()
+                call = {x: call[x] for x in ("q", "cu_seqlens_q", "causal")}
+                call |= {x: keys[x] for x in ("k", "v", "cu_seqlens_k")}
+                function, truth = fa3_ops.flash_attn_varlen_func, reference.batched
+                bounds["max_seqlen_k"] = 17
+            device_call = to_npu(call) | bounds
+        want, _ = truth(**call)
+        with fa3_ops.use_backend("fused_infer_attention"):
+            out = function(**device_call)
+        assert_close(out[0] if isinstance(out, tuple) else out, want, HALF)
+        assert modes == [3 if causal else 4]
+
+    def test_limits_of_every_layout(self) -> None:
+        """Refused by the operator, or past what its documentation promises."""
+        meta = {"device": "meta", "dtype": HALF}
+
+        def reasons(q: tuple[int, ...], k: tuple[int, ...], **keywords: Any) -> list[str]:
+            keys = torch.empty(k, **meta)
+            call = Attention(torch.empty(q, **meta), keys, keys, is_cache=True, **keywords)
+            return FusedInferAttention().not_supported_reasons(call)
+
+        assert reasons((1, 1, 128, 256), (9, 128, 128, 256)) == []
+        assert "nheads_k 256 of 256" in reasons((1, 1, 256, 256), (9, 128, 256, 256))
+        assert "2147483648 elements of k" in reasons((1, 1, 8, 128), (2**14, 128, 8, 128))
+        many = {"seqlens": [(1, 262145)]}
+        assert "262144 keys" in ", ".join(reasons((1, 1, 8, 128), (9, 2**20, 8, 128), **many))
+        assert (
+            reasons((1, 2, 8, 128), (1, 2**20, 8, 128), **many | {"seqlens": [(2, 262145)]}) == []
+        )
+        ends = {"cu_seqlens_q": torch.empty(4096, device="meta"), "max_seqlen_q": 1}
+        assert "4095 packed sequences" in ", ".join(reasons((5, 8, 128), (9, 128, 8, 128), **ends))
 
 
 @pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")

@@ -63,6 +63,133 @@ class TestFlashAttnWithKvcache:
             )
 
 
+def apart(x: Any) -> Any:
+    """Lengths and offsets of which every second element counts, other tensors as they are."""
+    if not isinstance(x, Tensor) or x.dtype != torch.int32:
+        return x
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), -7, dtype=torch.int32)
+    wide[..., ::2] = x
+    return wide.npu()[..., ::2]
+
+
+@pytest.mark.usefixtures("any_kernel")
+class TestStridedLengths:
+    """Kernels that read lengths, offsets and page tables by address get contiguous ones."""
+
+    def paged(self) -> dict[str, Any]:
+        torch.manual_seed(0)
+        pages = {name: rand(6, 128, 2, 128, dtype=torch.float16) for name in ("k_cache", "v_cache")}
+        return pages | {
+            "q": rand(2, 2, 4, 128, dtype=torch.float16),
+            "cache_seqlens": ints(130, 70),
+            "page_table": torch.randperm(6).int().view(2, 3),
+        }
+
+    def check(self, function: Any, call: dict[str, Any], flag: str, **keywords: Any) -> None:
+        keywords |= {"causal": True, flag: True}
+        want = function(**to_npu(call), **keywords)
+        device = to_npu({name: x for name, x in call.items() if apart(x) is x})
+        strided = {name: apart(x) for name, x in call.items() if apart(x) is not x}
+        assert not any(x.is_contiguous() for x in strided.values())
+        got = function(**device, **strided, **keywords)
+        for g, w in zip(got, want, strict=True):
+            assert torch.equal(g.cpu(), w.cpu())
+
+    @pytest.mark.parametrize("extra", ["", "cache_batch_idx", "cache_leftpad", "cu_seqlens_q"])
+    def test_a_paged_cache(self, extra: str) -> None:
+        call, keywords = self.paged(), {}
+        if extra == "cu_seqlens_q":
+            call |= {"q": call["q"].flatten(0, 1), extra: ints(0, 1, 4)}
+            keywords = {"max_seqlen_q": 3}
+        elif extra:
+            call[extra] = ints(1, 0)
+        self.check(fa3_ops.flash_attn_with_kvcache, call, "return_softmax_lse", **keywords)
+
+    @pytest.mark.parametrize("packed", [True, False])
+    def test_an_append_with_rotary(self, packed: bool) -> None:
+        call, keywords = self.paged(), {}
+        call |= {name: rand(2, 2, 2, 128, dtype=torch.float16) for name in "kv"}
+        call |= {f"rotary_{name}": rand(300, 16, dtype=torch.float16) for name in ("cos", "sin")}
+        call["rotary_seqlens"] = ints(3, 9)
+        if packed:
+            call |= {name: call[name].flatten(0, 1) for name in "qkv"}
+            call |= {"cu_seqlens_q": ints(0, 1, 4), "cu_seqlens_k_new": ints(0, 3, 4)}
+            keywords = {"max_seqlen_q": 3}
+        self.check(fa3_ops.flash_attn_with_kvcache, call, "return_softmax_lse", **keywords)
+
+    @pytest.mark.parametrize("used", [True, False])
+    def test_packed_keys(self, used: bool) -> None:
+        torch.manual_seed(0)
+        call = {
+            name: rand(9, h, 128, dtype=torch.float16)
+            for name, h in zip("qkv", (4, 2, 2), strict=True)
+        }
+        call |= {"cu_seqlens_q": ints(0, 4, 9), "cu_seqlens_k": ints(0, 4, 9)}
+        if used:
+            call |= {"seqused_q": ints(3, 5), "seqused_k": ints(4, 2)}
+        bounds = {"max_seqlen_q": 5, "max_seqlen_k": 5}
+        self.check(fa3_ops.flash_attn_varlen_func, call, "return_attn_probs", **bounds)
+
+    def test_gradients(self) -> None:
+        torch.manual_seed(0)
+        tensors = [rand(9, h, 64, dtype=torch.float16) for h in (4, 2, 2)]
+
+        def gradients(lengths: Tensor) -> tuple[Tensor, ...]:
+            leaves = [x.npu().requires_grad_() for x in tensors]
+            out = fa3_ops.flash_attn_varlen_func(*leaves, lengths, lengths, 5, 5, causal=True)
+            return torch.autograd.grad(out.float().square().sum(), leaves)
+
+        lengths = ints(0, 4, 9)
+        for got, want in zip(gradients(apart(lengths)), gradients(lengths.npu()), strict=True):
+            torch.testing.assert_close(got.cpu(), want.cpu(), rtol=1e-2, atol=1e-2)
+
+    def test_metadata(self) -> None:
+        call = self.paged()
+        call |= {"q": call["q"].flatten(0, 1), "cu_seqlens_q": ints(0, 1, 4)}
+
+        def made(lengths: Any) -> Tensor:
+            return fa3_ops.get_scheduler_metadata(
+                *(2, 3, 384, 4, 2, 128, lengths(call["cache_seqlens"]), torch.float16),
+                cu_seqlens_q=lengths(call["cu_seqlens_q"]),
+                page_size=128,
+                causal=True,
+            )
+
+        metadata = made(Tensor.npu)
+        assert torch.equal(made(apart).cpu(), metadata.cpu())
+        wide = torch.stack((metadata, metadata), dim=1)
+        keywords = {"max_seqlen_q": 3, "causal": True}
+        want = fa3_ops.flash_attn_with_kvcache(**to_npu(call), **keywords).cpu()
+        for tensor in (metadata, wide[:, 0]):
+            out = fa3_ops.flash_attn_with_kvcache(
+                **to_npu(call), **keywords, scheduler_metadata=tensor
+            )
+            assert torch.equal(out.cpu(), want)
+
+
+@pytest.mark.usefixtures("any_kernel")
+@pytest.mark.parametrize("packed", [True, False])
+def test_sinks_without_end(packed: bool) -> None:
+    """-inf is no sink; +inf takes all weight. Rows that see no key stay 0 and -inf."""
+    torch.manual_seed(0)
+    call: dict[str, Any] = {"q": rand(2, 3, 4, 128, dtype=torch.float16)}
+    call |= {name: rand(2, 9, 2, 128, dtype=torch.float16) for name in ("k_cache", "v_cache")}
+    endless = float("inf")
+    call["sinks"] = torch.tensor([-endless, 0.5, -endless, endless])
+    call["cache_seqlens"] = ints(0, 2)
+    keywords = {}
+    if packed:
+        call |= {"q": call["q"].flatten(0, 1), "cu_seqlens_q": ints(0, 3, 6)}
+        keywords = {"max_seqlen_q": 3}
+    want, want_lse = reference.flash_attn_with_kvcache(**call, causal=True)
+    out, lse = fa3_ops.flash_attn_with_kvcache(
+        **to_npu(call), **keywords, causal=True, return_softmax_lse=True
+    )
+    assert_close(out, want, torch.float16)
+    assert_lse(lse, want_lse, torch.float16)
+    assert {"inf", "-inf"} <= {str(x) for x in lse.cpu().flatten().tolist()}
+
+
 class TestBitwise:
     """Where flash_attn_npu serves: lengths that its flash-decode cut would split, were it let."""
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 
 from fa3_ops import reference
+from fa3_ops.backends.npu import device
 from fa3_ops.backends.npu import torchair as hook
 
 ops = torch.ops.fa3npu
@@ -577,13 +578,34 @@ def test_mixed_dynamic_with_unused_rows(graphs: list[Interpreter]) -> None:
     assert COPIES.isdisjoint(graphs[0].types())
 
 
-def test_rotary_is_done_by_plain_operators(graphs: list[Interpreter]) -> None:
-    inputs = decode_inputs(3, 2, rows=2) | {
-        "rotary_cos": rand(256, 16),
-        "rotary_sin": rand(256, 16),
-    }
-    check(causal_step, compiled(causal_step), **inputs)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("cache", ["paged", "dense", "packed"])
+def test_rotary_is_done_by_plain_operators(
+    cache: str, dynamic: bool, graphs: list[Interpreter]
+) -> None:
+    """Of the sizes of q and k alone: one of a cache would be a read before the write, for which
+    torchair copies the cache."""
+    tables = {f"rotary_{name}": rand(256, 16) for name in ("cos", "sin")}
+    inputs = mixed_inputs(1) if cache == "packed" else decode_inputs(3, 2)
+    if cache == "dense":
+        del inputs["page_table"]
+        inputs |= {name: rand(3, 128, 2, 64) for name in ("k_cache", "v_cache")}
+        inputs["cache_seqlens"] = int32(0, 40, 13)
+    step = mixed_step if cache == "packed" else causal_step
+    check(step, compiled(step, dynamic), **inputs, **tables)
     assert COPIES.isdisjoint(graphs[0].types())
+
+
+def test_packed_rows_without_a_mask(graphs: list[Interpreter]) -> None:
+    """Layout TND is never given sparse_mode 0: vllm-ascend #13699."""
+
+    def step(**inputs: Tensor) -> Any:
+        return ops.flash_attn_with_kvcache(**inputs, max_seqlen_q=6)
+
+    check(step, compiled(step), **mixed_inputs(spare=2))
+    (fia,) = (op for op in graphs[0].graph.op if op.type == "FusedInferAttentionScore")
+    assert fia.attr["sparse_mode"].i == 4
+    assert fia.attr["pre_tokens"].i == fia.attr["next_tokens"].i == 2**30
 
 
 def test_window_of_packed_rows(graphs: list[Interpreter]) -> None:
@@ -652,6 +674,21 @@ def test_sinks(graphs: list[Interpreter]) -> None:
             dict(zip([d.name for d in fia.input_desc], fia.input, strict=True))["learnable_sink"]
             == ""
         )
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_sinks_without_end(packed: bool) -> None:
+    sinks = torch.tensor([-torch.inf, 0.5, -torch.inf, torch.inf])
+    inputs = mixed_inputs(spare=1) if packed else decode_inputs(2, 2, rows=3)
+    if not packed:
+        inputs["cache_seqlens"] = int32(0, 130)
+    inputs["sinks"] = sinks
+    with torch.no_grad():
+        step = compiled(mixed_step if packed else causal_step)
+        got = step(**{name: t.npu() for name, t in inputs.items()})
+    want = reference.flash_attn_with_kvcache(**inputs, causal=True)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.cpu().double(), w, atol=2e-3, rtol=2e-3)
 
 
 def test_rows_without_keys() -> None:
@@ -1117,6 +1154,31 @@ ERRORS: dict[str, tuple[Callable[[], Callable[[], Any]], str]] = {
         "rotary_cos of kvcache_append_: flash_attn_with_kvcache rotates k before it",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("release", "case", "message"),
+    [
+        ((8, 2), {}, "dtype torch.float16 of packed q: CANN 8.2 or unknown takes"),
+        ((8, 2), {"dtype": torch.bfloat16}, "headdim 128 and headdim_v 128 of packed q"),
+        ((8, 2), {"dtype": torch.bfloat16, "headdim": 192}, "nheads 4 and nheads_k 2 of packed q"),
+        (
+            (8, 2),
+            {"dtype": torch.bfloat16, "headdim": 192, "nheads": 2, "causal": False},
+            "packed q without a causal mask: CANN 8.2 or unknown has no band",
+        ),
+        ((8, 3), {"dtype": torch.bfloat16}, "page_size 128 .* it takes no pages of packed q"),
+        ((9, 0), {"headdim": 192, "causal": False}, "without a causal mask: headdim_v must be 128"),
+    ],
+    ids=str,
+)
+def test_what_a_release_cannot_express(
+    release: tuple[int, int], case: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "cann_release", lambda: release)
+    case = {"headdim": 128, "causal": True, "cu_seqlens_q": PACKED} | case
+    with pytest.raises(BackendCompilerFailed, match=message):
+        paged_call(**case)()
 
 
 def paged_call_with_out() -> Callable[[], Any]:

@@ -1,5 +1,4 @@
-"""apply_rotary in plain torch operators: also what a compiler sees on an NPU, so that the rotation
-needs no kernel of its own there."""
+"""apply_rotary in plain torch operators."""
 
 from __future__ import annotations
 
@@ -69,7 +68,7 @@ def apply_rotary(
     rotary_interleaved: bool = True,
     advance: bool = True,
 ) -> Tensor:
-    if not capturing():
+    if not capturing(x.device):
         first, cu = read(rotary_seqlens, cu_seqlens)
         assert first is not None
         check(first, row_counts(x, cu, len(first), "cu_seqlens_q"), rotary_cos, advance)

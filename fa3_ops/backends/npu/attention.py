@@ -10,11 +10,9 @@ from torch import Tensor
 from fa3_ops.backends.attention import Attention
 from fa3_ops.backends.choice import choose
 from fa3_ops.backends.npu import device
-from fa3_ops.backends.npu.capabilities import capabilities
-from fa3_ops.backends.npu.device import Kernel
-from fa3_ops.backends.npu.flash_attn_npu import FlashAttnNpu, metadata_reasons
+from fa3_ops.backends.npu.flash_attn_npu import FlashAttnNpu, follows_metadata
 from fa3_ops.backends.npu.fused_infer_attention import FusedInferAttention
-from fa3_ops.backends.npu.lengths import Lengths
+from fa3_ops.backends.npu.lengths import Lengths, with_contiguous_lengths
 from fa3_ops.backends.npu.lowering import dequantise_fp8, select_table_rows
 from fa3_ops.backends.npu.torch_ops import TorchOps
 
@@ -27,14 +25,14 @@ BACKENDS: tuple[FlashAttnNpu | FusedInferAttention | TorchOps, ...] = (
 
 def prepare(call: Attention) -> tuple[Attention, Lengths | None]:
     """The call as this moment allows it: captured or not, with metadata or lengths on the host."""
-    call.capturing = device.capturing()
+    call = with_contiguous_lengths(call)
+    call.capturing = device.capturing(call.q.device)
     if call.capturing:
         return call, None
     if call.scheduler_metadata is not None:
-        found = device.kernel()
-        if isinstance(found, Kernel) and not metadata_reasons(call, capabilities(found)):
+        if follows_metadata(call):
             return call, None
-        # A schedule that the kernel cannot follow changes nothing outside a capture.
+        # A schedule that nobody follows changes nothing outside a capture.
         call = replace(call, scheduler_metadata=None)
     lengths = Lengths.of(call)
     call.seqlens = list(zip(lengths.seqlens_q, lengths.seqlens_k, strict=True))
@@ -65,7 +63,8 @@ def count_sinks(out: Tensor, softmax_lse: Tensor, sinks: Tensor) -> tuple[Tensor
     """A sink takes its share of every row's weights: out times the rest, and its own exponential in
     softmax_lse. Rows that see no key stay 0 and -inf."""
     sinks = sinks.float()[:, None]
-    rest = torch.sigmoid(softmax_lse - sinks).transpose(-1, -2)[..., None]
-    with_sinks = torch.logaddexp(softmax_lse, sinks)
     blind = softmax_lse == float("-inf")
-    return (out.float() * rest).to(out.dtype), with_sinks.masked_fill(blind, float("-inf"))
+    above = (softmax_lse - sinks).masked_fill(blind, float("inf"))  # -inf may stand on both sides
+    rest = torch.sigmoid(above).transpose(-1, -2)[..., None]
+    with_sinks = torch.logaddexp(softmax_lse, sinks).masked_fill(blind, float("-inf"))
+    return (out.float() * rest).to(out.dtype), with_sinks

@@ -37,7 +37,7 @@ def not_supported_reasons(wanted: Gradients) -> list[str]:
     """Why flash_attn_npu has no backward of the call. Reads the lengths, so it waits for the device
     outside a capture."""
     call = wanted.call
-    call.capturing = device.capturing()
+    call.capturing = device.capturing(call.q.device)
     lengths = None if call.capturing else Lengths.of(call)
     found = device.kernel()
     if isinstance(found, str):
@@ -109,8 +109,7 @@ def launch(wanted: Gradients) -> tuple[Tensor, Tensor, Tensor]:
         dq,
         dk,
         dv,
-        call.cu_seqlens_q,
-        call.cu_seqlens_k,
+        *(None if t is None else from_start(t) for t in (call.cu_seqlens_q, call.cu_seqlens_k)),
         None,  # seqused_q
         None,  # seqused_k
         call.max_seqlen_q,

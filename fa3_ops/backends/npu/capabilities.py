@@ -1,4 +1,5 @@
-"""What each build of flash_attn_npu's FlashAttention-3 kernel computes right, as data."""
+"""What each build of flash_attn_npu's FlashAttention-3 kernel computes right, and what each release
+of CANN takes in its fused operator, as data."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fa3_ops.backends.npu import device
 from fa3_ops.backends.npu.device import Kernel
 
 
@@ -72,3 +74,52 @@ def capabilities(k: Kernel) -> Capabilities:
 def splits(num_splits: int, can_split: bool, found: Kernel) -> int:
     """1 unless asked otherwise: then a row's bits do not depend on its batch."""
     return min(max(num_splits, 1), capabilities(found).max_num_splits) if can_split else 1
+
+
+@dataclass(frozen=True)
+class FusedLimits:
+    """What a release of CANN documents for npu_fused_infer_attention_score (FIA) in layout TND, in
+    which packed q goes: docs/*/torch_npu-npu_fused_infer_attention_score.md of op-plugin's branch
+    for that release. The limits of other layouts have not changed since 8.2."""
+
+    name: str
+    dtypes: Collection[torch.dtype]
+    headdims: Collection[tuple[int, int]]  # (headdim, headdim_v)
+    page_sizes: range  # empty: no page table
+    band: bool  # sparse_mode 4
+    causal_of_few_keys: bool  # fewer than rows of q, under sparse_mode 3
+    equal_heads: Collection[int] = ()  # numbers of heads, where nheads_k has to be nheads
+
+
+CANN_8_2 = FusedLimits(  # branch 7.1.0
+    "CANN 8.2 or unknown",
+    dtypes=(torch.bfloat16,),
+    headdims={(192, 128), (192, 192)},
+    page_sizes=range(0),
+    band=False,
+    causal_of_few_keys=False,
+    equal_heads=(2, 4, 8, 16, 32, 64, 128),
+)
+CANN_8_3 = FusedLimits(  # branch 7.2.0
+    "CANN 8.3",
+    dtypes=(torch.bfloat16,),
+    headdims={(128, 128), (192, 128), (192, 192)},
+    page_sizes=range(0),
+    band=True,
+    causal_of_few_keys=False,
+)
+CANN_8_5 = replace(  # branches 7.3.0 (CANN 8.5), 26.0.0 (9.0) and 26.1.0 (9.1)
+    CANN_8_3,
+    name="CANN 8.5 or later",
+    dtypes=(torch.float16, torch.bfloat16),
+    page_sizes=range(16, 1025, 16),
+    causal_of_few_keys=True,
+)
+
+
+def fused_limits() -> FusedLimits:
+    """Those of the CANN of this machine, the strictest where it does not say."""
+    release = device.cann_release()
+    if release is None or release < (8, 3):
+        return CANN_8_2
+    return CANN_8_3 if release < (8, 5) else CANN_8_5

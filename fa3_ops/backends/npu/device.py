@@ -5,8 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+
+import torch
+from torch import Tensor
 
 
 @functools.cache
@@ -22,11 +27,41 @@ def is_950() -> bool:
     return soc_name().startswith("Ascend950")
 
 
-def capturing() -> bool:
-    """Whether the current stream records a graph, so that the host must not wait for it."""
+@functools.cache
+def cann_release() -> tuple[int, int] | None:
+    """(8, 5) of CANN 8.5.0; None if it does not say."""
     import torch_npu
 
-    return bool(torch_npu.npu.is_current_stream_capturing())
+    try:
+        found = re.match(r"(\d+)\.(\d+)", torch_npu.npu.utils.get_cann_version())
+    except (AttributeError, RuntimeError):  # an older torch_npu, or a CANN that it cannot ask
+        return None
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def capturing(at: torch.device) -> bool:
+    """Whether the current stream of a device records a graph, so that the host must not wait."""
+    import torch_npu
+
+    with torch_npu.npu.device(at):
+        return bool(torch_npu.npu.is_current_stream_capturing())
+
+
+_constants: dict[tuple[Callable[[torch.device], Tensor], torch.device], Tensor] = {}
+
+
+def constant(make: Callable[[torch.device], Tensor], at: torch.device) -> Tensor:
+    """make(at), made once a device and for all of its streams, so that the first time waits. In a
+    capture it is part of the graph, whose memory it lies in; make must ask nothing of the host."""
+    if (found := _constants.get((make, at))) is not None:
+        return found
+    made = make(at)
+    if not capturing(at):
+        import torch_npu
+
+        torch_npu.npu.current_stream(at).synchronize()
+        _constants[make, at] = made
+    return made
 
 
 @dataclass(frozen=True)

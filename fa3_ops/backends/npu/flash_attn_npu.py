@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fa3_ops.backends.attention import Attention
+from fa3_ops.backends.choice import asked_for
 from fa3_ops.backends.npu import device, lowering, metadata
 from fa3_ops.backends.npu.capabilities import Capabilities, capabilities, splits
 from fa3_ops.backends.npu.device import Kernel
@@ -78,6 +79,17 @@ def metadata_reasons(call: Attention, can: Capabilities) -> list[str]:
     return reasons
 
 
+def follows_metadata(call: Attention) -> bool:
+    """Whether this kernel serves a call that is not captured, and as what its metadata was made
+    for, without a copy of the cache."""
+    found = device.kernel()
+    if isinstance(found, str) or asked_for() not in (None, FlashAttnNpu.name):
+        return False
+    can = capabilities(found)
+    reasons = not_supported(call, can) + metadata_reasons(call, can)
+    return not reasons and lowering.keeps_pages(call)
+
+
 class FlashAttnNpu:
     name = "flash_attn_npu"
 
@@ -112,7 +124,9 @@ def lower(call: Attention, can: Capabilities, lengths: Lengths | None) -> Attent
     all_have_rows = lengths is not None and all(lengths.seqlens_q) and call.seqused_q is None
     drops = can.lists_keys and not all_have_rows
     empty = call.cu_seqlens_k is not None and not (lengths and lengths.plain)
-    call = lowering.as_pages(call, can.page_sizes, force=can.paged_only or empty or drops)
+    # Metadata is made for one page size, and for as many of them as the page table has.
+    sizes = can.page_sizes if call.scheduler_metadata is None else (call.k.shape[1],)
+    call = lowering.as_pages(call, sizes, force=can.paged_only or empty or drops)
     call = lowering.split_unused_rows(call)
     if drops and call.cu_seqlens_q is not None:
         call = lowering.drop_empty_sequences(call)

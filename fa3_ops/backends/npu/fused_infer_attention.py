@@ -4,7 +4,6 @@ documentation for Atlas A2 and A3; it takes lengths as lists on the host, so it 
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 import torch
@@ -12,16 +11,22 @@ from torch import Tensor
 
 from fa3_ops.backends.attention import Attention
 from fa3_ops.backends.npu import lowering
+from fa3_ops.backends.npu.capabilities import FusedLimits, fused_limits
+from fa3_ops.backends.npu.device import constant
 from fa3_ops.backends.npu.lengths import Lengths, blind_rows, bound, clear, covers, read
 
 DTYPES = (torch.float16, torch.bfloat16)
-PACKED_HEADDIMS = {(128, 128), (192, 128), (192, 192)}  # (headdim, headdim_v) in layout TND
 MAX_HEADDIM, MAX_HEADS, MAX_GROUP = 512, 256, 64
-PACKED_PAGES = range(16, 1025, 16)
+MAX_TOKEN, MAX_ELEMENTS = 65535, 2**31 - 1  # nheads_k * headdim, and all of a paged k or v
+MAX_DECODE_KEYS, MAX_PACKED_SEQUENCES = 262144, 4096
 DECODE_PAGES = range(16, 513, 16)
 PREFILL_PAGES = range(128, 513, 128)
 CAUSAL, BAND = 3, 4  # sparse_mode
-FAR = 2147483647
+# In layout TND sparse_mode 0 without a mask is reported to give a uniform average without a word
+# (vllm-ascend #13699): a band without ends stands for it, which takes headdim_v 128 (CANN's
+# prompt_flash_attention_tiling.cpp). Its kernel adds lengths to the ends in 32 bits.
+BAND_HEADDIM_V = 128
+FAR = 2**30
 
 
 def is_packed(call: Attention) -> bool:
@@ -31,8 +36,37 @@ def is_packed(call: Attention) -> bool:
 
 def page_sizes(call: Attention) -> range:
     if is_packed(call):
-        return PACKED_PAGES
+        return fused_limits().page_sizes
     return DECODE_PAGES if call.seqlen_q == 1 else PREFILL_PAGES
+
+
+def packed_reasons(call: Attention, can: FusedLimits) -> list[str]:
+    """Why a release does not take the call in layout TND."""
+    seqlens = call.seqlens or ()
+    width = f"headdim {call.headdim} and headdim_v {call.headdim_v}"
+    in_full = (
+        call.cu_seqlens_k is not None
+        and not lowering.needs_pages(call, counts_keys=False)
+        and (sum(q for q, _ in seqlens), sum(k for _, k in seqlens))
+        == (call.q.shape[0], call.k.shape[0])
+        and all(k > 0 for _, k in seqlens)
+    )
+    sequences = call.batch_size * (1 if call.seqused_q is None else 2) + 2  # see lowering.py
+    reasons = {
+        f"dtype {call.q.dtype} of packed q": call.q.dtype not in can.dtypes,
+        f"{width} of packed q": (call.headdim, call.headdim_v) not in can.headdims,
+        f"nheads {call.nheads} of nheads_k {call.nheads_k} of packed q": can.equal_heads
+        and (call.nheads != call.nheads_k or call.nheads not in can.equal_heads),
+        "packed q over keys that need a page table": not can.page_sizes and not in_full,
+        "causal packed q with more rows than keys": call.causal
+        and not can.causal_of_few_keys
+        and any(q > k for q, k in seqlens),
+        "packed q without a causal mask": not call.causal and not can.band,
+        f"{width} of packed q without a causal mask": not call.causal
+        and call.headdim_v != BAND_HEADDIM_V,
+        f"{call.batch_size} packed sequences": sequences > MAX_PACKED_SEQUENCES,
+    }
+    return [f"{reason} ({can.name})" for reason, given in reasons.items() if given]
 
 
 class FusedInferAttention:
@@ -41,15 +75,16 @@ class FusedInferAttention:
     def not_supported_reasons(self, call: Attention) -> list[str]:
         reasons = []
         d, d_v = call.headdim, call.headdim_v
+        packed = is_packed(call)
         if call.q.dtype not in DTYPES:
             reasons.append(f"dtype {call.q.dtype}")
-        if is_packed(call):
-            if (d, d_v) not in PACKED_HEADDIMS:
-                reasons.append(f"headdim {d} and headdim_v {d_v} of packed q")
+        elif packed:
+            reasons += packed_reasons(call, fused_limits())
         elif d != d_v or d % 16 or d > MAX_HEADDIM:
             reasons.append(f"headdim {d} and headdim_v {d_v}")
         if call.nheads > MAX_HEADS or call.nheads > MAX_GROUP * call.nheads_k:
             reasons.append(f"nheads {call.nheads} of nheads_k {call.nheads_k}")
+        decodes = not packed and call.seqlen_q == 1
         for name, given in (
             # Documented as needing softmax_lse off, which every call here has on.
             ("qv", call.qv is not None),
@@ -57,10 +92,16 @@ class FusedInferAttention:
             ("attention_chunk", call.attention_chunk > 0),
             ("softcap", call.softcap > 0),
             ("graph capture", call.capturing),
+            (f"nheads_k {call.nheads_k} of {max(d, d_v)}", call.nheads_k * max(d, d_v) > MAX_TOKEN),
+            (f"{call.k.numel()} elements of k", max(call.k.numel(), call.v.numel()) > MAX_ELEMENTS),
+            (
+                f"more than {MAX_DECODE_KEYS} keys of one row of q",
+                decodes and any(k > MAX_DECODE_KEYS for _, k in call.seqlens or ()),
+            ),
         ):
             if given:
                 reasons.append(name)
-        if call.is_local and (is_packed(call) or call.seqlen_q == 1):
+        if call.is_local and (packed or call.seqlen_q == 1):
             reasons.append("window_size where a sequence may have one row of q")
         return reasons
 
@@ -92,10 +133,9 @@ def lower(call: Attention, lengths: Lengths) -> Attention:
     return replace(bound(call), q=call.q.contiguous())
 
 
-@functools.cache
-def upper_triangle(device: torch.device) -> Tensor:
+def upper_triangle(at: torch.device) -> Tensor:
     """(2048, 2048) bool, true where a key is masked: the mask of sparse_mode 3 and 4."""
-    return torch.ones(2048, 2048, dtype=torch.bool, device=device).triu_(1)
+    return torch.ones(2048, 2048, dtype=torch.bool, device=at).triu_(1)
 
 
 def launch(call: Attention) -> tuple[Tensor, Tensor]:
@@ -107,13 +147,13 @@ def launch(call: Attention) -> tuple[Tensor, Tensor]:
     cu_seqlens_q, seqused_k, cu_seqlens_k = read(
         call.cu_seqlens_q, call.seqused_k, call.cu_seqlens_k
     )
-    masked = (call.causal or call.is_local) and (packed or call.seqlen_q > 1)
+    masked = packed or (call.seqlen_q > 1 and (call.causal or call.is_local))
     left, right = call.window_size
     out, softmax_lse = torch_npu.npu_fused_infer_attention_score(
         call.q,
         call.k.flatten(-2) if paged else call.k,
         call.v.flatten(-2) if paged else call.v,
-        atten_mask=upper_triangle(call.q.device) if masked else None,
+        atten_mask=constant(upper_triangle, call.q.device) if masked else None,
         actual_seq_lengths=cu_seqlens_q[1:] if cu_seqlens_q else None,
         actual_seq_lengths_kv=cu_seqlens_k[1:] if cu_seqlens_k else seqused_k,
         block_table=call.page_table,
@@ -123,7 +163,7 @@ def launch(call: Attention) -> tuple[Tensor, Tensor]:
         scale=call.softmax_scale,
         input_layout="TND" if packed else "BSND",
         sparse_mode=(CAUSAL if call.causal else BAND) if masked else 0,
-        pre_tokens=left if masked and left >= 0 else FAR,
+        pre_tokens=left if masked and left >= 0 else FAR,  # CAUSAL takes no notice of them
         next_tokens=right if masked and right >= 0 else FAR,
         softmax_lse_flag=True,
     )

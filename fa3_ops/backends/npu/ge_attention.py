@@ -15,8 +15,10 @@ from torchair._ge_concrete_graph import ge_apis as ge
 from torchair.ge import DataType
 from torchair.ge._ge_graph import get_default_ge_graph
 
+from fa3_ops.backends.npu.capabilities import FusedLimits, fused_limits
 from fa3_ops.backends.npu.fused_infer_attention import (
     BAND,
+    BAND_HEADDIM_V,
     CAUSAL,
     DECODE_PAGES,
     DTYPES,
@@ -24,8 +26,7 @@ from fa3_ops.backends.npu.fused_infer_attention import (
     MAX_GROUP,
     MAX_HEADDIM,
     MAX_HEADS,
-    PACKED_HEADDIMS,
-    PACKED_PAGES,
+    MAX_TOKEN,
     PREFILL_PAGES,
 )
 from fa3_ops.backends.npu.ge_graph import (
@@ -113,18 +114,40 @@ def check_sizes(a: SimpleNamespace) -> None:
         if not latent or a.nheads not in MLA_HEADS:
             can = "it takes 64, 512, a power of two up to 128, and 1"
             refuse(f"qv with {sizes}, {heads}", can)
-    elif a.layout == "TND" and (a.headdim, a.headdim_v) not in PACKED_HEADDIMS:
-        can = f"it takes {', '.join(map(str, sorted(PACKED_HEADDIMS)))}"
-        refuse(f"{sizes} of packed q, or of one row with a window", can)
-    elif a.layout == "BSND" and not equal:
+    elif a.layout == "TND":
+        check_packed_sizes(a, fused_limits())
+    elif not equal:
         refuse(sizes, f"they must be equal, multiples of 16 and at most {MAX_HEADDIM}")
     if a.nheads > MAX_HEADS or (a.qv is None and a.nheads > MAX_GROUP * a.nheads_k):
         refuse(heads, f"nheads must be at most {MAX_HEADS} and {MAX_GROUP} times nheads_k")
+    if a.nheads_k * max(a.headdim, a.headdim_v) > MAX_TOKEN:
+        refuse(f"{heads} with {sizes}", f"nheads_k times headdim must be at most {MAX_TOKEN}")
     packed = a.layout == "TND" or a.qv is not None
-    page_sizes = PACKED_PAGES if packed else DECODE_PAGES if a.one_row else PREFILL_PAGES
+    page_sizes = DECODE_PAGES if a.one_row else PREFILL_PAGES
+    if packed:
+        page_sizes = fused_limits().page_sizes
     if a.page_size and a.page_size not in page_sizes:
-        can = f"it takes multiples of {page_sizes.step} up to {page_sizes[-1]}"
+        can = "it takes no pages of packed q"
+        if page_sizes:
+            can = f"it takes multiples of {page_sizes.step} up to {page_sizes[-1]}"
         refuse(f"page_size {a.page_size} in this call", can)
+
+
+def check_packed_sizes(a: SimpleNamespace, can: FusedLimits) -> None:
+    """What goes in layout TND: packed q, or one row with a window."""
+    sizes = f"headdim {a.headdim} and headdim_v {a.headdim_v}"
+    heads = f"nheads {a.nheads} and nheads_k {a.nheads_k}"
+    if a.q.meta.dtype not in can.dtypes:
+        refuse(f"dtype {a.q.meta.dtype} of packed q", f"{can.name} takes {can.dtypes}")
+    if (a.headdim, a.headdim_v) not in can.headdims:
+        takes = f"{can.name} takes {', '.join(map(str, sorted(can.headdims)))}"
+        refuse(f"{sizes} of packed q, or of one row with a window", takes)
+    if can.equal_heads and not (a.nheads == a.nheads_k and a.nheads in can.equal_heads):
+        refuse(f"{heads} of packed q", f"{can.name} takes equal ones, {can.equal_heads}")
+    causal = a.left < 0 and a.right == 0
+    if not causal and not (can.band and a.headdim_v == BAND_HEADDIM_V):
+        takes = f"headdim_v must be {BAND_HEADDIM_V}" if can.band else f"{can.name} has no band"
+        refuse(f"{sizes} of packed q without a causal mask", takes)
 
 
 def as_pages(a: SimpleNamespace) -> None:
@@ -199,6 +222,12 @@ def fused_infer_attention_score(a: SimpleNamespace) -> tuple[Value, Value]:
         query, key, query_rope, key_rope = a.qv, v.tensor, q.tensor, k.tensor
     seqlens_q, seqlens_k = lengths(a)
     sparse_mode = BAND if a.left >= 0 or a.right > 0 else CAUSAL if a.right == 0 else 0
+    if a.layout == "TND" and sparse_mode == 0:
+        sparse_mode = BAND
+    band = {
+        "pre_tokens": a.left if a.left >= 0 else FAR,
+        "next_tokens": a.right if a.right >= 0 else FAR,
+    }
     names = inspect.signature(ge.FusedInferAttentionScore).parameters.values()
     inputs: dict[str, Any] = {p.name: None for p in names if p.kind is p.POSITIONAL_OR_KEYWORD}
     inputs |= {
@@ -219,10 +248,9 @@ def fused_infer_attention_score(a: SimpleNamespace) -> tuple[Value, Value]:
         scale=width**-0.5 if a.softmax_scale is None else a.softmax_scale,
         input_layout=a.layout,
         sparse_mode=sparse_mode,
-        pre_tokens=a.left if a.left >= 0 else FAR,
-        next_tokens=a.right if sparse_mode == BAND and a.right >= 0 else FAR,
         block_size=a.page_size,
         softmax_lse_flag=True,  # with qv, CANN's documentation knows none; vLLM-Ascend uses it
+        **(band if sparse_mode == BAND else {}),
     )
     return Value(out), Value(lse)
 

@@ -173,7 +173,7 @@ def kvcache_append_(
         return
     slot, written = slots(a)
     first = cache_seqlens if rotary_seqlens is None else rotary_seqlens
-    captured = capturing()
+    captured = capturing(k_cache.device)
     if not captured:
         counts = check_values(a, slot, written)
         if rotary_cos is not None:

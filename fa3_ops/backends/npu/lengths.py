@@ -24,6 +24,25 @@ def require(condition: bool, message: str) -> None:
         raise RuntimeError(f"fa3npu: {message}")
 
 
+LENGTHS = (
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_q",
+    "seqused_k",
+    "cache_batch_idx",
+    "cache_leftpad",
+    "page_table",
+    "scheduler_metadata",
+)
+
+
+def with_contiguous_lengths(call: Attention) -> Attention:
+    """The kernels read these by address alone. (The rows of a page table may lie apart: bound.)"""
+    given = ((name, getattr(call, name)) for name in LENGTHS)
+    strided = {name: t.contiguous() for name, t in given if t is not None and t.stride(-1) != 1}
+    return replace(call, **strided) if strided else call
+
+
 def read(*tensors: Tensor | None) -> list[list[int] | None]:
     """The values of int32 vectors, all in one wait for the device."""
     given = [t for t in tensors if t is not None]

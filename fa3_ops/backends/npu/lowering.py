@@ -11,7 +11,6 @@ pages of one token.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection
 from dataclasses import replace
 from math import prod
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from fa3_ops.backends.attention import Attention
 from fa3_ops.backends.choice import fallback
+from fa3_ops.backends.npu.device import constant
 
 
 def note(call: Attention, text: str) -> None:
@@ -38,11 +38,15 @@ def note_copy(call: Attention, why: str) -> None:
 # ---- FP8 ---------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _e4m3_values(device: torch.device) -> Tensor:
-    """The 256 values of float8_e4m3fn, (256,) float32."""
-    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
-    return codes.float().to(device)
+def _e4m3_values(at: torch.device) -> Tensor:
+    """The 256 values of float8_e4m3fn, (256,) float32: from bits, since the 910 has no such dtype,
+    and on the device, since a capture takes nothing from the host."""
+    code = torch.arange(256, dtype=torch.int32, device=at)
+    exponent, mantissa = code % 128 // 8, code % 8
+    power = ((exponent.clamp(min=1) + 120) * 2**23).view(torch.float32)  # 2 ** (exponent - 7)
+    value = power * torch.where(exponent > 0, mantissa + 8, mantissa) / 8
+    value = value.masked_fill(code % 128 == 127, float("nan"))
+    return torch.where(code < 128, value, -value)
 
 
 def dequantise_fp8(call: Attention) -> Attention:
@@ -70,7 +74,7 @@ def dequantise_fp8(call: Attention) -> Attention:
 def _decode(codes: Tensor, descale: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """Bytes of FP8 values times descale (batch_size, nheads_k), in float16. A table stands for the
     conversion, which the 910 lacks."""
-    x = _e4m3_values(codes.device)[codes.int()]
+    x = constant(_e4m3_values, codes.device)[codes.int()]
     if descale is not None:
         factor = descale.repeat_interleave(x.shape[-2] // descale.shape[1], dim=1)
         factor = factor[:, None] if cu_seqlens is None else factor[sequence_of_row(cu_seqlens, x)]
@@ -109,6 +113,18 @@ def needs_pages(call: Attention, counts_keys: bool) -> bool:
         or call.cache_leftpad is not None
         or call.cu_seqlens_q is not None
     )
+
+
+def keeps_pages(call: Attention) -> bool:
+    """Whether a paged cache is read where it lies as the pages that it has."""
+    if call.page_table is None or call.cache_leftpad is not None:
+        return False
+    if call.k.is_contiguous() and call.v.is_contiguous():
+        return True
+    strides = token_strides(call.k)
+    if strides is None or strides != token_strides(call.v) or strides[1] != 1:
+        return False
+    return _slice_size(call, strides[0], (call.k.shape[1],)) is not None
 
 
 def as_pages(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fa3_ops.backends.attention import Attention
 from fa3_ops.backends.npu import device
-from fa3_ops.backends.npu.capabilities import splits
+from fa3_ops.backends.npu.capabilities import capabilities, splits
 from fa3_ops.backends.npu.device import Kernel
 from fa3_ops.backends.npu.flash_attn_npu import FlashAttnNpu
 from fa3_ops.backends.npu.lengths import Lengths
@@ -26,6 +26,17 @@ def make_mask(at: torch.device) -> None:
     backend = FlashAttnNpu()
     call = Attention(q, q, q, causal=True)
     backend.forward(call, Lengths.of(call))
+
+
+def reads(found: Kernel, page_size: int | None, headdim: int, dtype: torch.dtype) -> bool:
+    """Whether a call of this kernel could have metadata."""
+    can = capabilities(found)
+    return (
+        can.metadata
+        and page_size in can.page_sizes
+        and headdim in can.headdims
+        and dtype in can.dtypes
+    )
 
 
 def get_scheduler_metadata(
@@ -54,7 +65,7 @@ def get_scheduler_metadata(
     softmax_scale: float | None = None,
 ) -> Tensor:
     """The kernel's bytes and what they were made for. Waits for the device."""
-    if device.capturing():
+    if device.capturing(cache_seqlens.device):
         raise RuntimeError(
             "fa3npu: get_scheduler_metadata waits for the device and cannot be captured: call it "
             "before each replay and copy its result into the tensor that the captured call got"
@@ -64,13 +75,14 @@ def get_scheduler_metadata(
     headdim_v = headdim if headdim_v is None else headdim_v
     scale = headdim**-0.5 if softmax_scale is None else softmax_scale
     pages = 0 if page_size is None else -(-max_seqlen_k // page_size)
+    capacity = pages * (page_size or 0)
     seqlens_k = cache_seqlens
     if cu_seqlens_k_new is not None:
         seqlens_k = seqlens_k + cu_seqlens_k_new.diff()
     elif max_seqlen_k_new:
         seqlens_k = seqlens_k + max_seqlen_k_new
     # As the call will have them: see lengths.bound.
-    seqlens_k = seqlens_k.clamp(1, max(pages * (page_size or 0), 1))
+    seqlens_k = seqlens_k.clamp(1, max(capacity, 1))
     left, right = window_size
     left, right = max(left, -1), 0 if causal else max(right, -1)
     causal = (left, right) == (-1, 0)
@@ -91,20 +103,19 @@ def get_scheduler_metadata(
         max(num_splits, 1),
     )
     found = device.kernel()
-    if isinstance(found, Kernel) and not found.is_950:
+    if isinstance(found, Kernel) and reads(found, page_size, headdim, qkv_dtype):
         make_mask(cache_seqlens.device)
-    if isinstance(found, Kernel) and found.version >= (0, 4) and not found.is_950 and page_size:
         made: Tensor = found.module.get_scheduler_metadata(
             batch_size,
             max_seqlen_q,
-            pages * page_size,  # the bound that the call derives from its page table
+            capacity,  # the bound that the call derives from its page table
             num_heads_q,
             num_heads_kv,
             headdim,
             headdim_v,
             qkv_dtype,
             seqlens_k,
-            cu_seqlens_q,
+            None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
             None,  # cu_seqlens_k
             None,  # cu_seqlens_k_new: counted in seqlens_k
             None,  # seqused_q

@@ -21,6 +21,7 @@ else:
     os.environ.setdefault("CANNEMU_LAZY", "1")
     os.environ.setdefault("CANNEMU_POISON", "1")
     os.environ.setdefault("PYTORCH_NO_NPU_MEMORY_CACHING", "1")
+    os.environ.setdefault("CANNEMU_DEVICES", "2")
     os.environ.setdefault("TASK_QUEUE_ENABLE", "0")  # a launch that fails says so where it is
     import cann_emulator  # noqa: F401
     import torchair

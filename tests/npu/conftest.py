@@ -44,7 +44,7 @@ def every_warning_again() -> None:
     choice._warned.clear()
 
 
-@pytest.fixture(params=["0.4 for 910", "0.2 for 910", "0.4 for 950", "none"])
+@pytest.fixture(params=["0.4 for 910", "0.3 for 910", "0.2 for 910", "0.4 for 950", "none"])
 def any_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of the builds; without any, CANN's fused_infer_attention and torch serve."""
     from npu_kernels import put

@@ -213,6 +213,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "StridedSliceV2": strided_slice,
     "Unsqueeze": unsqueeze,
     "Squeeze": lambda op, x: x.squeeze(tuple(op.attr["axis"].list.i)),
+    "SplitV": lambda op, x, sizes, axis: x.split(ints(sizes), dim=int(axis)),
     "Transpose": lambda op, x, perm: x.permute(ints(perm)),
     "Cast": cast,
     "ConcatV2": lambda op, *x: torch.cat(x[:-1], dim=int(x[-1])),

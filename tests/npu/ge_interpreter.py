@@ -163,6 +163,8 @@ def fused_infer_attention_score(op: Any, *inputs: Tensor | None) -> tuple[Tensor
             return x[begin : int(lengths[b])]
         return x[b] if lengths is None else x[b, : int(lengths[b])]
 
+    if packed and not attr["sparse_mode"].i:
+        q = torch.zeros_like(q)  # reported of hardware: a uniform average, without a word
     mode, one_row = attr["sparse_mode"].i, not packed and q.shape[1] == 1 and rope is None
     left, right = attr["pre_tokens"].i, attr["next_tokens"].i
     window = (-1 if left == FAR else left, -1 if right == FAR else right)

@@ -54,7 +54,7 @@ def structures(draw: Any) -> Structure:
     headdims = draw(st.sampled_from(sorted(PACKED_HEADDIMS)) if as_packed else equal)
     sizes = [0, 128] if rows > 1 and not packed else [0, 16, 64, 128]
     append = cached and draw(st.sampled_from([True, True, False]))
-    rotates = append and not packed and draw(st.sampled_from([True, True, False]))
+    rotates = append and draw(st.sampled_from([True, True, False]))
     nheads_k = draw(st.integers(1, 2))
     scalars = {
         "causal": draw(st.booleans()),

@@ -147,7 +147,7 @@ def test_devices_in_turn(kernel: str) -> None:
             assert_lse(lse, want_lse, HALF)
 
 
-@pytest.mark.parametrize("current", [1])
+@pytest.mark.parametrize("current", [0, 1])
 def test_capture(current: int) -> None:
     """A decode step on npu:1 captured and replayed, whichever device is current."""
     graphed, eager = Decoder(OTHER), Decoder("npu:0")

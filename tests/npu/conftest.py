@@ -21,6 +21,7 @@ else:
     os.environ.setdefault("CANNEMU_LAZY", "1")
     os.environ.setdefault("CANNEMU_POISON", "1")
     os.environ.setdefault("PYTORCH_NO_NPU_MEMORY_CACHING", "1")
+    os.environ.setdefault("CANNEMU_DEVICES", "2")
     os.environ.setdefault("TASK_QUEUE_ENABLE", "0")  # a launch that fails says so where it is
     import cann_emulator  # noqa: F401
     import torchair
@@ -43,7 +44,7 @@ def every_warning_again() -> None:
     choice._warned.clear()
 
 
-@pytest.fixture(params=["0.4 for 910", "0.2 for 910", "0.4 for 950", "none"])
+@pytest.fixture(params=["0.4 for 910", "0.3 for 910", "0.2 for 910", "0.4 for 950", "none"])
 def any_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of the builds; without any, CANN's fused_infer_attention and torch serve."""
     from npu_kernels import put

@@ -10,15 +10,20 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-examples = settings(
-    strategies.examples(100),
-    suppress_health_check=[
-        HealthCheck.too_slow,
-        HealthCheck.data_too_large,
-        HealthCheck.function_scoped_fixture,  # any_kernel is the same for all examples
-        HealthCheck.differing_executors,
-    ],
-)
+
+def examples_of(count: int) -> settings:
+    return settings(
+        strategies.examples(count),
+        suppress_health_check=[
+            HealthCheck.too_slow,
+            HealthCheck.data_too_large,
+            HealthCheck.function_scoped_fixture,  # any_kernel is the same for all examples
+            HealthCheck.differing_executors,
+        ],
+    )
+
+
+examples = examples_of(100)
 
 # Absolute error of a kernel that rounds probabilities and results to its dtype, for values of
 # about 1: a few units in the last place.
@@ -30,14 +35,14 @@ TOLERANCE = {
 }
 
 
-def on_npu(t: Tensor) -> Tensor:
+def on_npu(t: Tensor, device: str = "npu") -> Tensor:
     """The same strides into the same memory, on the device."""
     whole = torch.empty(0, dtype=t.dtype).set_(t.detach().untyped_storage())
-    return whole.npu().as_strided(t.shape, t.stride(), t.storage_offset())
+    return whole.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
-def to_npu(call: dict[str, Any]) -> dict[str, Any]:
-    return {name: on_npu(x) if isinstance(x, Tensor) else x for name, x in call.items()}
+def to_npu(call: dict[str, Any], device: str = "npu") -> dict[str, Any]:
+    return {name: on_npu(x, device) if isinstance(x, Tensor) else x for name, x in call.items()}
 
 
 ONLY_TORCH = ("qv", "alibi_slopes", "attention_chunk")

@@ -34,6 +34,9 @@ def put(monkeypatch: pytest.MonkeyPatch, build: str) -> None:
         found = "flash_attn_npu is not installed"
     elif build == "0.2 for 910":
         found = device.Kernel((0, 2), standin("old", "flash_attn_npu_3"), is_950=False)
+    elif build == "0.3 for 910":
+        raw = standin("v0_3/flash_attn_npu_3", "flash_attn_npu_3")
+        found = device.Kernel((0, 3), raw, is_950=False)
     elif build == "0.4 for 950":
         found = device.Kernel((0, 4), standin("new", "flash_attn_npu_3_950"), is_950=True)
     else:

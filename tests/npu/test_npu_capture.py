@@ -25,17 +25,14 @@ CAPACITY = PAGE * PAGES
 class Decoder:
     """A decode step that appends and attends, its tensors where a graph finds them."""
 
-    def __init__(self, dtype: torch.dtype = torch.float16, **call: Any) -> None:
+    def __init__(self, device: str = "npu", **call: Any) -> None:
         torch.manual_seed(0)
-        shape = (B * PAGES + 2, PAGE, HEADS_K, D)
-        self.k_cache, self.v_cache = (
-            rand(*shape, dtype=dtype).npu(),
-            rand(*shape, dtype=dtype).npu(),
-        )
-        self.page_table = torch.randperm(B * PAGES).int().view(B, PAGES).npu()
-        self.cache_seqlens = ints(3, 0, 17).npu()
-        self.q = rand(B, 1, HEADS, D, dtype=dtype).npu()
-        self.k, self.v = (rand(B, 1, HEADS_K, D, dtype=dtype).npu() for _ in range(2))
+        shape, half = (B * PAGES + 2, PAGE, HEADS_K, D), torch.float16
+        self.k_cache, self.v_cache = (rand(*shape, dtype=half).to(device) for _ in range(2))
+        self.page_table = torch.randperm(B * PAGES).int().view(B, PAGES).to(device)
+        self.cache_seqlens = ints(3, 0, 17).to(device)
+        self.q = rand(B, 1, HEADS, D, dtype=half).to(device)
+        self.k, self.v = (rand(B, 1, HEADS_K, D, dtype=half).to(device) for _ in range(2))
         self.call = call
 
     def made_metadata(self) -> Tensor:

@@ -474,6 +474,52 @@ class TestReleasesBefore03:
 
 
 @pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
+class TestRelease03:
+    @pytest.fixture(autouse=True)
+    def older(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        put(monkeypatch, "0.3 for 910")
+
+    @staticmethod
+    def packed(longest: int, **call: Any) -> dict[str, Any]:
+        """Decode of packed rows, with the longest of two caches."""
+        cu_seqlens = {"cu_seqlens_q": ints(0, 1, 2), "cache_seqlens": ints(longest, 70)}
+        rows = {"q": rand(2, 8, 128, dtype=HALF), "max_seqlen_q": 1}
+        table = {"page_table": torch.randperm(18).int().view(2, 9)}
+        cache = {name: rand(18, 128, 2, 128, dtype=HALF) for name in ("k_cache", "v_cache")}
+        return decode() | cu_seqlens | rows | table | cache | call
+
+    @pytest.mark.parametrize(
+        ("call", "lacks"),
+        [
+            ({}, ""),
+            ({"window_size": (200, 0)}, "window_size over 1024 keys"),
+            ({"window_size": (200, 0), "cache_seqlens": ints(1023, 70)}, ""),
+            ({"causal": False}, ""),
+        ],
+        ids=["causal", "window", "window of fewer keys", "no mask"],
+    )
+    def test_packed_decode(self, call: dict[str, Any], lacks: str) -> None:
+        call = self.packed(1100, **call)
+        self.check(call, lacks)
+
+    @pytest.mark.parametrize("seqlens", [(8, 40), (9, 40)])
+    def test_causal_of_fewer_keys_than_rows(self, seqlens: tuple[int, int]) -> None:
+        call = decode() | {"q": rand(2, 9, 8, 128, dtype=HALF), "cache_seqlens": ints(*seqlens)}
+        self.check(call, "causal with more rows" if seqlens[0] < 9 else "")
+
+    @staticmethod
+    def check(call: dict[str, Any], lacks: str) -> None:
+        plain = {name: x for name, x in call.items() if name != "max_seqlen_q"}
+        want, want_lse = reference.flash_attn_with_kvcache(**plain)
+        explanation = fa3_ops.explain(fa3_ops.flash_attn_with_kvcache, **to_npu(call))
+        assert (explanation.backend == "flash_attn_npu") == (not lacks)
+        assert lacks in str(explanation)
+        out, lse = fa3_ops.flash_attn_with_kvcache(**to_npu(call), return_softmax_lse=True)
+        assert_close(out, want, HALF)
+        assert_lse(lse, want_lse, HALF)
+
+
+@pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
 class TestAscend950:
     @pytest.fixture(autouse=True)
     def newer(self, monkeypatch: pytest.MonkeyPatch) -> None:

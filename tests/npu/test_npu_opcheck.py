@@ -15,8 +15,8 @@ UTILITIES = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
 pytestmark = pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
 
 
-def moved(x: Any) -> Any:
-    return on_npu(x).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+def moved(x: Any, device: str) -> Any:
+    return on_npu(x, device).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -29,7 +29,7 @@ def test_opcheck(op: Any, dtype: torch.dtype) -> None:
         opcheck(op, args, kwargs, test_utils=UTILITIES)
 
 
-def narrowed(op: Any, arguments: Any, dtype: torch.dtype) -> Any:
+def narrowed(op: Any, arguments: Any, dtype: torch.dtype, device: str = "npu") -> Any:
     """On the device; float32 tensors of the model's dtype in `dtype`."""
     keep = ("alibi_slopes", "softmax_lse", "out_partial", "lse_partial", "dsoftmax_lse")
     names = [a.name for a in op._schema.arguments]
@@ -37,7 +37,7 @@ def narrowed(op: Any, arguments: Any, dtype: torch.dtype) -> Any:
     def one(name: str, x: Any) -> Any:
         if isinstance(x, Tensor) and x.dtype == torch.float32 and name not in keep:
             x = x.detach().to(dtype).requires_grad_(x.requires_grad)
-        return moved(x)
+        return moved(x, device)
 
     if isinstance(arguments, dict):
         return {name: one(name, x) for name, x in arguments.items()}

@@ -9,15 +9,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from npu_calls import assert_close, assert_lse, examples, for_kernels, to_npu
+from npu_calls import assert_close, assert_lse, examples, examples_of, for_kernels, to_npu
 from sample_inputs import ints, rand
-from strategies import HEADDIMS, dense_calls, kvcache_calls, varlen_calls
+from strategies import HEADDIMS, cumulative, dense_calls, kvcache_calls, varlen_calls
 from torch import Tensor
 
 import fa3_ops
 from fa3_ops import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
+HALF = torch.float16
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn)
 # Some that the kernels take of a cache, which is not padded, and FIA of packed q.
 SOME_HEADDIMS = st.sampled_from([(16, 16), (32, 32), (128, 128), (192, 128)]) | HEADDIMS
@@ -248,3 +249,46 @@ class TestBitwise:
                 causal=True,
             )
             assert torch.equal(decoded[0, 0].cpu(), trained[i].cpu())
+
+
+@st.composite
+def long_calls(draw: Any) -> dict[str, Any]:
+    """A few rows over 1000 to 5000 keys in pages, which flash_attn_npu's flash-decode cuts, with
+    what may go wrong there: short and empty sequences beside, windows, splits."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    dtype = draw(st.sampled_from([HALF, torch.bfloat16]))
+    batch, rows = draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 2, 5]))
+    nheads, nheads_k = draw(st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1)]))
+    page_size = draw(st.sampled_from([16, 128, 1024]))
+    longest = draw(st.integers(1000, 5000))
+    lengths = [longest, *draw(st.lists(st.integers(0, longest), min_size=2, max_size=2))][:batch]
+    columns = -(-longest // page_size)
+    shape = (batch * columns, page_size, nheads_k, 16)
+    call: dict[str, Any] = {
+        "k_cache": rand(*shape, dtype=dtype),
+        "v_cache": rand(*shape, dtype=dtype),
+        "cache_seqlens": ints(*lengths),
+        "page_table": torch.randperm(batch * columns).int().view(batch, columns),
+        "causal": draw(st.booleans()),
+        "window_size": draw(st.sampled_from([(-1, -1), (-1, -1), (700, 0), (30, 4)])),
+        "softcap": draw(st.sampled_from([0.0, 0.0, 3.0])),
+        "num_splits": draw(st.sampled_from([0, 1, 3])),
+    }
+    q_rows: tuple[int, ...] = (batch, rows)
+    if draw(st.booleans()):
+        call["cu_seqlens_q"] = cumulative(torch.randint(1, rows + 1, (batch,)))
+        call["max_seqlen_q"] = rows
+        q_rows = (int(call["cu_seqlens_q"][-1]),)
+    return call | {"q": rand(*q_rows, nheads, 16, dtype=dtype)}
+
+
+@pytest.mark.usefixtures("any_kernel")
+class TestManyKeys:
+    @examples_of(15)
+    @given(long_calls())
+    def test_eager(self, call: dict[str, Any]) -> None:
+        out, lse = fa3_ops.flash_attn_with_kvcache(**to_npu(call), return_softmax_lse=True)
+        plain = {k: v for k, v in call.items() if k not in ("max_seqlen_q", "num_splits")}
+        want, want_lse = reference.flash_attn_with_kvcache(**plain)
+        assert_close(out, want, call["q"].dtype)
+        assert_lse(lse, want_lse, call["q"].dtype)

@@ -5,6 +5,7 @@ import cann_emulator  # noqa: F401, I001
 import importlib.metadata
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ import pytest
 import torch
 from flash_attn_npu_3 import flash_attn_npu_3 as raw
 from npu_kernel_model import host
+from npu_kernel_model.host03 import METADATA_0_3
 from npu_kernel_model.tiling import BYTES
+from npu_kernels import standin
+from processes import python
 from safetensors import safe_open
 from torch import Tensor
 
@@ -644,6 +648,87 @@ def test_old_release(old_release: Any) -> None:
         assert error(lse.cpu().T, right_lse) < 2e-3
     with pytest.raises(RuntimeError, match="softcap"):
         old_release.flash_attn_with_kvcache(**call, softcap=1.0)
+
+
+@pytest.fixture(scope="module")
+def raw_0_3() -> Any:
+    return standin("v0_3/flash_attn_npu_3", "flash_attn_npu_3")
+
+
+def fwd_0_3(raw_0_3: Any, q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, ...]:
+    a = DEFAULTS | {"softmax_scale": q.shape[-1] ** -0.5, "out": torch.full_like(q, math.nan)}
+    return tuple(raw_0_3.fwd(*(a | dict(q=q, k=k, v=v) | arguments).values())[:2])
+
+
+def test_0_3_is_found_under_its_name() -> None:
+    code = """
+import cann_emulator
+from fa3_ops.backends.npu import device
+kernel = device.kernel()
+print(kernel.version, kernel.module.__file__, hasattr(kernel.module, "bwd"))
+"""
+    paths = [TESTS / "npu" / "emulator", TESTS / "npu" / "standin" / "v0_3", TESTS.parent]
+    done = python("-c", code, PYTHONPATH=os.pathsep.join(map(str, paths)))
+    assert done.stdout.startswith("(0, 3)"), done.stderr
+    assert done.stdout.endswith("v0_3/flash_attn_npu_3/flash_attn_npu_3.py True\n")
+
+
+def test_0_3_counts_rows_from_0_and_gives_heads_first(raw_0_3: Any) -> None:
+    a = paged(ints(700, 900), ints(2, 3))
+    right, right_lse = meant(**a)
+    longer = a | dict(q=torch.cat([randn(7, 2, 16), a["q"]]), cu_seqlens_q=ints(7, 9, 12))
+    out, lse = fwd_0_3(raw_0_3, **longer)
+    assert error(out[7:], right) < 2e-3
+    assert error(lse.flatten()[7:12], right_lse[0]) < 2e-3
+
+
+def test_0_3_loses_the_causal_mask_of_more_rows_than_keys(raw_0_3: Any) -> None:
+    a = paged(ints(4), ints(10))
+    out, _ = fwd_0_3(raw_0_3, **a)
+    assert error(out, meant(**a | {"causal": False})[0]) < 2e-3
+    assert error(out, meant(**a)[0]) > 0.1
+
+
+@pytest.mark.parametrize("num_splits", [0, 1])
+def test_0_3_flash_decode_sees_tiles_before_the_window(raw_0_3: Any, num_splits: int) -> None:
+    a = paged(ints(1500), ints(1)) | {"causal": False}
+    window = dict(window_left=200, window_right=0)
+    out, _ = fwd_0_3(raw_0_3, **a, **window, num_splits=num_splits)
+    right = meant(**a, window_size=(200, 0))[0]
+    assert not error(out, right) < 0.02
+    dense = a | dict(q=a["q"][None], cu_seqlens_q=None, max_seqlen_q=None)  # no flash-decode
+    assert error(fwd_0_3(raw_0_3, **dense, **window)[0][0], right) < 2e-3
+
+
+def test_0_3_leaves_out_of_a_sequence_without_keys(raw_0_3: Any) -> None:
+    out, lse = fwd_0_3(raw_0_3, **paged(ints(20, 0), ints(1, 1)))
+    assert out[1].isnan().all()
+    assert (lse[:, 1] == math.inf).all()
+
+
+def test_0_3_appends_nothing(raw_0_3: Any) -> None:
+    k, v = cache(2, 64, 1, 16)
+    before, new = k.clone(), randn(2, 1, 1, 16)
+    fwd_0_3(raw_0_3, randn(2, 1, 2, 16), k, v, k_new=new, v_new=new, seqused_k=ints(9, 9))
+    assert torch.equal(k, before)
+
+
+def test_0_3_metadata_has_the_mask_in_front_and_no_window(raw_0_3: Any) -> None:
+    a = paged(ints(1500, 600), ints(1, 1))
+    arguments = dict.fromkeys(METADATA_0_3.split()) | dict(
+        batch_size=2, max_seqlen_q=1, max_seqlen_k=2048, num_heads_q=2, num_heads_kv=1,
+        headdim=16, headdim_v=16, qkv_dtype=torch.float16, cache_seqlens=a["seqused_k"],
+        cu_seqlens_q=a["cu_seqlens_q"], page_size=1024, max_seqlen_k_new=0, causal=True,
+        window_left=-1, window_right=-1, attention_chunk=0, has_softcap=False, num_splits=1,
+        sm_margin=0,
+    )  # fmt: skip
+    made = raw_0_3.get_scheduler_metadata(*arguments.values())
+    assert len(arguments) == 24
+    assert made.nbytes == 2048 * 2048 + BYTES
+    assert error(fwd_0_3(raw_0_3, **a, scheduler_metadata=made)[0], meant(**a)[0]) < 2e-3
+    window = dict(window_left=200, window_right=0)
+    lost, _ = fwd_0_3(raw_0_3, **a, **window, scheduler_metadata=made)
+    assert error(lost, meant(**a)[0]) < 2e-3
 
 
 def test_the_new_release_takes_cu_seqlens_q_as_absolute() -> None:

@@ -22,6 +22,7 @@ class Capabilities:
     headdim_v_differs: bool = False
     causal_of_few_keys: bool = True  # fewer than rows of q
     window: bool = True
+    window_of_few_rows: bool = True  # packed, over 1024 keys or more, which flash-decode splits
     softcap: bool = True
     paged_only: bool = False  # takes no keys without seqused_k, and no dense cache as it is
     lists_keys: bool = False  # wants seqused_k, of which none may be 0, and rows of every sequence
@@ -39,7 +40,13 @@ HEADDIMS_910 = range(16, 257, 16)
 ASCEND_910 = Capabilities(
     "0.4 or later on 910B/C", PAGES_910, HEADDIMS_910, metadata=True, backward=True
 )
-ASCEND_910_0_3 = replace(ASCEND_910, name="0.3 on 910B/C", metadata=False)
+ASCEND_910_0_3 = replace(
+    ASCEND_910,
+    name="0.3 on 910B/C",
+    causal_of_few_keys=False,
+    window_of_few_rows=False,
+    metadata=False,
+)
 ASCEND_910_BEFORE_0_3 = Capabilities(
     "before 0.3 on 910B/C",
     PAGES_910,

@@ -45,6 +45,8 @@ def not_supported(call: Attention, can: Capabilities) -> list[str]:
             reasons.append("window_size")
         if seqlens and cuts_window(call, max((k for q, k in seqlens if q > 0), default=0)):
             reasons.append("window_size with more rows of q than keys")
+        if not can.window_of_few_rows and may_flash_decode(call):
+            reasons.append("window_size over 1024 keys or more of few packed rows of q")
     if call.causal and not can.causal_of_few_keys and any(0 < k < q for q, k in seqlens):
         reasons.append("causal with more rows of q than keys")
     if call.softcap > 0 and not can.softcap:
@@ -53,6 +55,14 @@ def not_supported(call: Attention, can: Capabilities) -> list[str]:
         missing = "graph capture without scheduler_metadata"
         reasons += [missing] if call.scheduler_metadata is None else metadata_reasons(call, can)
     return reasons
+
+
+def may_flash_decode(call: Attention) -> bool:
+    """Whether the kernel may split the keys: at most 16 packed rows of q, 1024 keys in pages, which
+    any keys may become."""
+    packed = call.cu_seqlens_q is not None or call.seqused_q is not None
+    rows, keys = (max(x, default=0) for x in zip(*(call.seqlens or [(0, 0)]), strict=True))
+    return packed and rows <= 16 and keys >= 1024
 
 
 def cuts_window(call: Attention, longest_k: int) -> bool:

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "emulator_api.h"
 #include "runtime.h"
 
 namespace {
@@ -31,13 +32,15 @@ struct Usage {
 };
 Usage usage[cann::kMaxDevices];
 
-bool contains(const Blocks& map, const void* p, size_t bytes) {
+const Block* find(const Blocks& map, const void* p, size_t bytes) {
   auto address = reinterpret_cast<uintptr_t>(p);
   auto it = map.upper_bound(address);
-  if (it == map.begin()) return false;
+  if (it == map.begin()) return nullptr;
   --it;
-  return address + bytes <= it->first + it->second.bytes;
+  return address + bytes <= it->first + it->second.bytes ? &it->second : nullptr;
 }
+
+bool contains(const Blocks& map, const void* p, size_t bytes) { return find(map, p, bytes); }
 
 void poison(void* p, size_t bytes) {
   static const bool on = getenv("CANNEMU_POISON") != nullptr;
@@ -218,6 +221,12 @@ aclError aclrtMemsetAsync(void* p, size_t room, int32_t value, size_t bytes, acl
     memset(p, value, bytes);
     return 0;
   });
+}
+
+int emu_elsewhere(const void* p) {
+  std::lock_guard<std::mutex> lock(blocks_mutex);
+  const Block* block = find(blocks, p, 1);
+  return block && block->device != cann::current_device();
 }
 
 // A torch_npu allocator, one block per tensor, see cann_emulator/allocator.py.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .host import check, named
-from .memory import Memory, launch
+from .memory import Memory, guarded, launch
 
 BACKWARD = """dout q k v out softmax_lse dq dk dv cu_seqlens_q cu_seqlens_k seqused_q seqused_k
 max_seqlen_q max_seqlen_k softmax_scale causal window_left window_right softcap deterministic
@@ -44,6 +44,7 @@ def named_gradients(*args: object) -> SimpleNamespace:
     return a
 
 
+@guarded(1)
 def backward(*args: object) -> list[Tensor]:
     """mha_bwd of 0.4.2.post1. Every tensor is addressed from the start of its storage."""
     a = named_gradients(*args)

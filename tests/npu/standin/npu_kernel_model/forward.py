@@ -29,8 +29,8 @@ MASKED = -3e38  # added to a score: not -inf, so a row of these alone gives the 
 @dataclass
 class Kernel:
     """One launch. mask and softcap are the template arguments that the host chooses; the other
-    parameters are read from t. kind names the kernel: "910", "950", or "0.2" for Ascend 910 as of
-    that release."""
+    parameters are read from t. kind names the kernel: "910", "950", or "0.2" and "0.3" for Ascend
+    910 as of those releases."""
 
     t: np.ndarray
     q: Memory
@@ -99,7 +99,8 @@ class Kernel:
         if self.cu_q is None:
             return b * int(self.t["max_q"]), int(self.t["max_q"])
         first, end = self.cu_q.integer(b), self.cu_q.integer(b + 1)
-        return first - (0 if self.kind == "910" else self.cu_q.integer(0)), end - first
+        absolute = self.kind in ("910", "0.3")
+        return first - (0 if absolute else self.cu_q.integer(0)), end - first
 
     def _kv_rows(self, b: int) -> tuple[int, int, int]:
         """(first row in an unpaged cache, rows before the append, rows of all)."""
@@ -162,9 +163,12 @@ class Kernel:
         if t["mask"] == CAUSAL:
             keys = min(max((s + 1) * Q_TILE + shift, 0), kv_len)
             blind = -shift
-            if self.kind == "0.2":  # the diagonal ends at the keys in use, and is lost if too few
-                keys = kv_len if (s + 1) * Q_TILE + shift < 0 else keys
+            if self.kind in ("0.2", "0.3"):
+                # The diagonal ends at the keys in use, and is lost if too few.
+                wraps = shift if self.kind == "0.3" else (s + 1) * Q_TILE + shift
+                keys = kv_len if wraps < 0 else keys
                 shift = kv_len if rows > keys else keys - rows - s * Q_TILE
+                blind = 0
         elif t["mask"] == BAND:
             if left != UNBOUNDED:
                 first = max(s * Q_TILE + shift - left, 0) // KV_TILE
@@ -177,11 +181,12 @@ class Kernel:
             tiles += [(i, min(i + KV_TILE, kv_len), True) for i in range(old, kv_len, KV_TILE)]
         last = len(tiles)
         if segment is not None:
-            first = max(first, segment[0])
+            first = segment[0] if self.kind == "0.3" else max(first, segment[0])
             if segment[1] != kv_tiles(old, int(t["new"])):
                 last = min(last, segment[1])
         if first >= last:
-            if partial is None and self.kind != "0.2":
+            unwritten = self.kind == "0.2" or (self.kind == "0.3" and t["mask"] != BAND)
+            if partial is None and not unwritten:
                 self._clear(b, head, heads, s * Q_TILE, rows)
             return heads * rows
 
@@ -199,7 +204,7 @@ class Kernel:
         if partial is not None:
             self.partials[partial] = (out, lse)
             return heads * rows
-        if segment is None and self.kind != "0.2":  # flash-decode forgets to
+        if segment is None:  # flash-decode forgets to
             out[row < blind] = 0.0
             lse[row < blind] = math.inf
         self._store(b, head, heads, s * Q_TILE, rows, out, lse)
@@ -230,8 +235,11 @@ class Kernel:
         if self.mask == NO_MASK or t["mask"] != BAND:
             return None
         hidden = j > i + int(t["window_right"])
-        if t["window_left"] != UNBOUNDED:
-            hidden |= j < i - int(t["window_left"])
+        left = int(t["window_left"])
+        if self.kind == "0.3" and stop <= int(diagonal[0]) - left:
+            return hidden  # a tile before the window, which only flash-decode does not skip
+        if left != UNBOUNDED:
+            hidden |= j < i - left
         return hidden
 
     def _step(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .forward import Kernel
-from .memory import Memory, cores, host, is_capturing, launch
+from .memory import Memory, cores, guarded, host, is_capturing, launch
 from .tiling import BAND, BYTES, CAUSAL, NO_MASK, TILING, UNBOUNDED, ceil_div, fill, mask_of
 
 FORWARD = """q k v k_new v_new qv out cu_seqlens_q cu_seqlens_k cu_seqlens_k_new seqused_q
@@ -102,6 +102,7 @@ def check_splits(num_splits: int, paged_varlen: bool) -> None:
     check(num_splits <= 1 or paged_varlen, "num_splits>1 needs a paged KV cache and varlen q")
 
 
+@guarded(0)
 def forward(*args: object) -> list[Tensor | None]:
     """mha_fwd of 0.4.2.post1. Nobody reads qv, cu_seqlens_k_new, seqused_q and kv_batch_idx."""
     a = named(FORWARD, args)
@@ -216,13 +217,16 @@ def new_tiling(
 
 
 def make_triu_mask(device: torch.device) -> None:
-    """The first masked call of a process fills a mask and waits for it."""
+    """The first masked call of a process fills a mask on every device and waits for them all."""
     global _triu_mask_made
     if not _triu_mask_made and device.type != "cpu":
-        torch.npu.current_stream().synchronize()
+        for index in range(torch.npu.device_count()):
+            with torch.npu.device(index):
+                torch.npu.current_stream().synchronize()
         _triu_mask_made = True
 
 
+@guarded(8)
 def get_scheduler_metadata(*args: object) -> Tensor:
     """The tiling as uint8[2384], from lengths that stay on the device."""
     a = named(METADATA, args)

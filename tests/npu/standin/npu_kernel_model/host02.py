@@ -18,10 +18,11 @@ from .host import (
     new_tiling,
     shapes_of,
 )
-from .memory import cores
+from .memory import cores, guarded
 from .tiling import CAUSAL, NO_MASK, fill
 
 
+@guarded(0)
 def forward(*args: object) -> list[Tensor | None]:
     """mha_fwd of 0.2.0b1: nothing is appended, and LSE is (batch, seqlen, heads) or (T, heads)."""
     a = named(FORWARD, args)

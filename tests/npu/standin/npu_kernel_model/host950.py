@@ -23,7 +23,7 @@ from .host import (
     shapes_of,
     tiling_in,
 )
-from .memory import cores
+from .memory import cores, guarded
 from .tiling import BYTES, NO_MASK, fill, mask_of
 
 METADATA = """batch_size max_seqlen_q num_heads_q num_heads_kv headdim headdim_v cache_seqlens
@@ -33,6 +33,7 @@ num_splits max_seqlen_k window_left window_right"""
 PAGE_SIZES = (128, 256, 512, 1024)
 
 
+@guarded(0)
 def forward(*args: object) -> list[Tensor]:
     """mha_fwd of 0.4.2.post1 for Ascend 950, which has one argument more. seqused_q is read by
     nobody. Its own flash-decode cut is not modelled."""
@@ -109,6 +110,7 @@ def _check_forward(a) -> None:
         check(batch == a.k.shape[0], "query and key/value batch sizes must match")
 
 
+@guarded(6)
 def get_scheduler_metadata(*args: object) -> Tensor:
     """The tiling, then cumulative kv lengths: its size depends on the batch."""
     a = named(METADATA, args)
@@ -133,6 +135,7 @@ def get_scheduler_metadata(*args: object) -> Tensor:
     return launch_metadata(a, metadata, compute, cumulative=True)
 
 
+@guarded(1)
 def backward(*args: object) -> list[Tensor]:
     """mha_bwd of 0.4.2.post1 for Ascend 950: storage offsets and headdim_v are honoured."""
     a = named_gradients(*args)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,23 @@ def host(tensor: Tensor) -> Tensor:
     import cann_emulator
 
     return cann_emulator.host(tensor)
+
+
+def guarded(argument: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The host function runs on the device of this argument, whichever is the current one."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: object) -> Any:
+            x = args[argument] if argument < len(args) else None
+            if not isinstance(x, Tensor) or x.device.type == "cpu":
+                return function(*args)
+            with torch.npu.device(x.device):
+                return function(*args)
+
+        return call
+
+    return decorate
 
 
 def launch(device: torch.device, kernel: Callable[[], None]) -> None:
@@ -41,6 +60,8 @@ class Memory:
     """What lies behind tensor.data_ptr(), or behind its storage: no sizes, no strides."""
 
     def __init__(self, tensor: Tensor, from_storage: bool = False) -> None:
+        if tensor.device.type != "cpu" and tensor.device.index != torch.npu.current_device():
+            raise AssertionError(f"a kernel on another device got memory of {tensor.device}")
         start = 0 if from_storage else tensor.storage_offset()
         count = tensor.untyped_storage().nbytes() // tensor.element_size() - start
         self.cells = host(tensor.as_strided((max(count, 0),), (1,), start))

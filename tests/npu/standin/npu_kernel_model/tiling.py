@@ -91,6 +91,7 @@ def fill(
     paged_varlen: bool,
     num_splits: int,
     cores: int,
+    cuts_windows: bool = False,
 ) -> None:
     """Sets the fields that follow from lengths. kv_lens come without the appended rows."""
     group = int(t["heads"]) // int(t["heads_k"])
@@ -104,7 +105,7 @@ def fill(
     )
     t["flash_decode"] = (
         paged_varlen
-        and t["mask"] != BAND
+        and (t["mask"] != BAND or cuts_windows)
         and longest >= 1024
         and min(q_lens) > 0
         and max(q_lens) <= 16

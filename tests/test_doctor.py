@@ -251,18 +251,46 @@ def test_flash_attn_npu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.failures == ["flash_attn_npu"]
 
 
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        (
+            "raise ImportError('libascendcl.so: cannot open')",
+            "ImportError: libascendcl.so: cannot open",
+        ),
+        (
+            # what torch_npu 2.13 and 2.14 do beside a CUDA build of torch
+            "import os\n"
+            "text = \"  what():  Duplicated key 'pinned_reserve_segment_size_mb' found in device\"\n"
+            "os.write(2, f'terminate called after ...\\n{text}\\nframe #0: ...\\n'.encode())\n"
+            "os.abort()",
+            "its process ends with SIGABRT: Duplicated key 'pinned_reserve_segment_size_mb' found "
+            "in device; torch 2.14.0+cu130 is a CUDA build, torch_npu wants a CPU build",
+        ),
+        ("import os\nos._exit(3)", "without a word"),
+    ],
+    ids=["raises", "aborts", "exits"],
+)
 def test_torch_npu_that_does_not_import(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: str,
+    why: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(consistency, "settings", lambda device: [SMALL])
-    (tmp_path / "torch_npu.py").write_text("raise ImportError('libascendcl.so: cannot open')")
+    (tmp_path / "torch_npu.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
+    if "CUDA" in why:
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch, "__version__", "2.14.0+cu130")
+    else:
+        monkeypatch.setattr(torch.version, "cuda", None)
     status, lines = report_of(tmp_path, capsys)
     assert status == 1
-    what = "torch_npu does not import: ImportError: libascendcl.so: cannot open"
-    assert f"- no NPU here: {what}" in lines
+    assert f"- no NPU here: torch_npu does not import: {why}" in lines
     assert "- built-in, float16: 13 of 13 right, served by cpu (13)" in lines
     assert lines[-1] == "**Verdict: 1 failed on cpu: NPU**"
 

@@ -111,6 +111,7 @@ def test_aot_inductor_without_our_python(package: str, tmp_path: Path) -> None:
     torch.save(inputs, tmp_path / "inputs.pt")
     script = f"""
 import sys, torch
+import torch._inductor.codecache  # torch 2.10 uses it in aoti_load_package without importing it
 torch.ops.load_library({str(LIBRARY)!r})
 inputs = torch.load({str(tmp_path / "inputs.pt")!r})
 out = torch._inductor.aoti_load_package({package!r})(*inputs)

@@ -10,11 +10,6 @@ namespace fa3npu {
 
 namespace {
 
-bool is_attention_dtype(ScalarType dtype) {
-  return dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::Half ||
-         dtype == ScalarType::BFloat16 || dtype == ScalarType::Float8_e4m3fn;
-}
-
 void check_dim(const Tensor& t, int64_t dim, const char* name) {
   FA3_CHECK(t.dim() == dim, name, " must have ", dim, " dimensions, got ", shape_of(t));
 }
@@ -48,6 +43,7 @@ int64_t element_size(ScalarType dtype) {
     case ScalarType::Double:
       return 8;
     case ScalarType::Float:
+    case ScalarType::Int:
       return 4;
     case ScalarType::Float8_e4m3fn:
       return 1;
@@ -60,6 +56,15 @@ std::string shape_of(const Tensor& t) {
   std::string text = "(";
   for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
   return text + (t.dim() == 1 ? ",)" : ")");
+}
+
+void check_attention_dtype(const Tensor& t, const char* name) {
+  const ScalarType dtype = t.scalar_type();
+  FA3_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float ||
+                dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
+                dtype == ScalarType::Float8_e4m3fn,
+            name, " must be float64, float32, float16, bfloat16 or float8_e4m3fn, got ",
+            torch::headeronly::toString(dtype));
 }
 
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
@@ -149,8 +154,7 @@ Tensor contiguous_rows(const Tensor& t) {
 AttentionCall::AttentionCall(const AttentionArguments& args)
     : packed_q_(args.cu_seqlens_q.has_value()), packed_k_(args.cu_seqlens_k.has_value()) {
   const ScalarType dtype = args.q.scalar_type();
-  FA3_CHECK(is_attention_dtype(dtype),
-            "q must be float64, float32, float16, bfloat16 or float8_e4m3fn");
+  check_attention_dtype(args.q, "q");
   check_dim(args.q, packed_q_ ? 3 : 4, "q");
   check_dim(args.k, packed_k_ ? 3 : 4, "k");
   check_dim(args.v, packed_k_ ? 3 : 4, "v");

@@ -22,6 +22,8 @@ using MaybeTensor = std::optional<Tensor>;
 std::string shape_of(const Tensor& t);
 int64_t element_size(ScalarType dtype);  // in bytes
 
+void check_attention_dtype(const Tensor& t, const char* name);
+
 // An int32 vector of `size` lengths or offsets.
 struct Lengths {
   const int32_t* data = nullptr;

@@ -13,6 +13,7 @@ void kvcache_append_(Tensor k_, Tensor v_, Tensor k_cache, Tensor v_cache, Tenso
                      MaybeTensor cache_batch_idx, MaybeTensor page_table,
                      MaybeTensor cu_seqlens_k_new, MaybeTensor rotary_cos, MaybeTensor rotary_sin,
                      MaybeTensor rotary_seqlens_, bool rotary_interleaved) {
+  check_attention_dtype(k_cache, "k_cache");
   const bool packed = cu_seqlens_k_new.has_value();
   const int64_t batch = cache_seqlens_.size(0);
   const auto check_pair = [&](const Tensor& x, const Tensor& cache, const char* name) {

@@ -52,6 +52,7 @@ def _append(
     sm_margin: int = 0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    seqused_q: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """Checks, appends and rotates; returns the arguments of flash_attn_kvcache."""
@@ -65,6 +66,7 @@ def _append(
         qv=qv,
         cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q,
+        seqused_q=seqused_q,
         seqused_k=cache_seqlens,
         cache_batch_idx=cache_batch_idx,
         cache_leftpad=cache_leftpad,
@@ -80,6 +82,7 @@ def _append(
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         out=out,
+        scheduler_metadata=scheduler_metadata,
     )
     checks.append(
         q,
@@ -91,12 +94,24 @@ def _append(
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
         cache_seqlens=cache_seqlens,
-        cache_leftpad=cache_leftpad,
-        cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k_new=cu_seqlens_k_new,
         rotary_seqlens=rotary_seqlens,
     )
     if k is not None and cache_seqlens is not None:
+        checks.read_after_append(
+            q,
+            k,
+            k_cache,
+            cache_seqlens=cache_seqlens,
+            cache_batch_idx=cache_batch_idx,
+            cache_leftpad=cache_leftpad,
+            page_table=page_table,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k_new=cu_seqlens_k_new,
+            seqused_q=seqused_q,
+            window_size=window_size,
+            attention_chunk=attention_chunk,
+        )
         if rotary_cos is not None:
             turn: Callable[..., Tensor] = ops.apply_rotary
             first = cache_seqlens if rotary_seqlens is None else rotary_seqlens
@@ -138,7 +153,7 @@ def _append(
         page_table,
         cu_seqlens_q,
         max_seqlen_q,
-        None,  # seqused_q
+        seqused_q,
         q_descale,
         k_descale,
         v_descale,

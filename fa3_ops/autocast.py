@@ -37,7 +37,10 @@ def _wrap(op: Any, key: str, names: tuple[str, ...], like: str | None) -> Callab
         bound = dict(zip(order, args, strict=False)) | kwargs
         dtype = bound[like].dtype if like else torch.get_autocast_dtype(_DEVICES[key])
         for name in names:
-            bound[name] = cast(bound.get(name), dtype)
+            x = bound.get(name)
+            # A table of another dtype than the cache's is one of float32, which rounds nothing.
+            as_table = name in _TABLES and isinstance(x, Tensor) and x.dtype is not dtype
+            bound[name] = cast(x, torch.float32 if as_table else dtype)
         with torch._C._ExcludeDispatchKeyGuard(excluded):
             return op(**bound)
 
@@ -46,7 +49,8 @@ def _wrap(op: Any, key: str, names: tuple[str, ...], like: str | None) -> Callab
 
 _TRAINING = ("q", "k", "v", "qv")
 _CACHED = ("q", "qv")
-_APPENDED = ("q", "k", "v", "qv", "rotary_cos", "rotary_sin")
+_TABLES = ("rotary_cos", "rotary_sin")
+_APPENDED = ("q", "k", "v", "qv", *_TABLES)
 _ops = torch.ops.fa3npu
 _library = torch.library.Library("fa3npu", "IMPL")
 for _key in _DEVICES:

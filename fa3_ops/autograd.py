@@ -127,6 +127,12 @@ class Unconnected(torch.autograd.Function):
         return tuple(refused)
 
 
+def severed(of: str, q: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    """The tensors without their history, and q with a refusal in its place."""
+    q = Unconnected.apply(of, q, *others)  # type: ignore[no-untyped-call]
+    return q, *(None if x is None else x.detach() for x in others)
+
+
 # ---- Attention ---------------------------------------------------------------------------------
 
 
@@ -150,7 +156,9 @@ def differentiable(op: Any, backward_op: Any) -> type[Recorded]:
     names = [a.name for a in arguments]
     defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
     shared = [a.name for a in backward_op._schema.arguments if a.name in names]
-    tensors = [a.name for a in arguments if a.name in (*shared, "sinks") and "Tensor" in str(a.type)]
+    tensors = [
+        a.name for a in arguments if a.name in (*shared, "sinks") and "Tensor" in str(a.type)
+    ]
     name = name_of(op)
 
     class Gradient(Recorded):

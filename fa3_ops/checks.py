@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float64)
+METADATA_DTYPES = (torch.int32, torch.uint8)
 MAX_HEADDIM = 512
 
 
-def shape(t: Tensor, expected: Sequence[object], name: str) -> torch.Size:
-    """The shape of t, if it is the expected one; a string in that names a free dimension."""
+def shape(t: Tensor, expected: Sequence[object], name: str, because: str = "") -> torch.Size:
+    """The shape of t, if it is the expected one; a string in that names a free dimension. `because`
+    says what decided on its rank."""
     sizes = t.shape
     if len(sizes) == len(expected):
         for i, want in enumerate(expected):
@@ -28,7 +31,8 @@ def shape(t: Tensor, expected: Sequence[object], name: str) -> torch.Size:
         else:
             return sizes
     wanted = ", ".join(map(str, expected)) + ("," if len(expected) == 1 else "")
-    raise ValueError(f"{name} must have shape ({wanted}), got {tuple(sizes)}")
+    got = f"{tuple(sizes)}{because if len(sizes) != len(expected) else ''}"
+    raise ValueError(f"{name} must have shape ({wanted}), got {got}")
 
 
 def dtype(t: Tensor, expected: torch.dtype, name: str, why: str = "") -> None:
@@ -81,11 +85,44 @@ def offsets(t: Tensor | None, total: int, name: str) -> None:
         )
 
 
-def same_device(q: Tensor, others: Mapping[str, Tensor | None]) -> None:
+def packed_lengths(seqused_k: Tensor, q: Tensor, cu_seqlens_q: Tensor | None, k: Tensor) -> None:
+    """Lengths of sequences that lie back to back in k."""
+    same_device(q, {"k": k, "seqused_k": seqused_k, "cu_seqlens_q": cu_seqlens_q})
+    lengths(cu_seqlens_q, "batch_size + 1", "cu_seqlens_q")
+    batch_size = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    if cu_seqlens_q is None:
+        shape(q, ("batch_size", "seqlen_q", "nheads", "headdim"), "q", " without cu_seqlens_q")
+    lengths(seqused_k, batch_size, "seqused_k")
+    seen = values(seqused_k) or [0]
+    if min(seen) < 0:
+        raise ValueError(f"seqused_k must not be negative, got {min(seen)}")
+    if sum(seen) > k.shape[0]:
+        raise ValueError(
+            f"seqused_k must sum to at most the {k.shape[0]} rows of k, got {sum(seen)}"
+        )
+
+
+def packed_cache(
+    k_cache: Tensor,
+    cache_seqlens: Tensor | None,
+    rotary_seqlens: Tensor | None,
+    **others: Tensor | None,
+) -> None:
+    """What does not go with packed keys, of which cache_seqlens says where they lie."""
+    if cache_seqlens is None:
+        raise ValueError("cache_seqlens must be given with a 3-dimensional k_cache, got None")
+    lengths(rotary_seqlens, "batch_size", "rotary_seqlens")
+    same_device(k_cache, {"rotary_seqlens": rotary_seqlens}, "k_cache")
+    for name, t in others.items():
+        if t is not None:
+            raise ValueError(f"{name} must be None with a 3-dimensional k_cache, got a tensor")
+
+
+def same_device(q: Tensor, others: Mapping[str, Tensor | None], q_name: str = "q") -> None:
     device = q.device
     for name, t in others.items():
         if t is not None and t.device != device:
-            raise ValueError(f"{name} must be on the device of q, {device}, got {t.device}")
+            raise ValueError(f"{name} must be on the device of {q_name}, {device}, got {t.device}")
 
 
 def constants(*numbers: float | None) -> tuple[Any, ...]:
@@ -137,6 +174,7 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
+    scheduler_metadata: Tensor | None = None,
 ) -> int:
     """What every attention operator asks of its arguments; returns the batch size."""
     q_dtype = q.dtype
@@ -146,13 +184,27 @@ def attention(
     dtype(k, q_dtype, k_name, " like q")
     dtype(v, q_dtype, v_name, " like q")
 
+    others = {
+        k_name: k,
+        v_name: v,
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "seqused_q": seqused_q,
+        seqused_k_name: seqused_k,
+        "cache_batch_idx": cache_batch_idx,
+        "cache_leftpad": cache_leftpad,
+        "page_table": page_table,
+    }
+    same_device(q, others)
+    expected: tuple[object, ...]
     if cu_seqlens_q is None:
-        q_shape = shape(q, ("batch_size", "seqlen_q", "nheads", "headdim"), "q")
+        expected = ("batch_size", "seqlen_q", "nheads", "headdim")
+        q_shape = shape(q, expected, "q", " without cu_seqlens_q")
         batch_size, _, nheads, headdim = q_shape
     else:
-        q_shape = shape(q, ("total_q", "nheads", "headdim"), "q")
-        _, nheads, headdim = q_shape
         lengths(cu_seqlens_q, "batch_size + 1", "cu_seqlens_q")
+        q_shape = shape(q, ("total_q", "nheads", "headdim"), "q", " with cu_seqlens_q")
+        _, nheads, headdim = q_shape
         if max_seqlen_q is None:
             raise ValueError("max_seqlen_q must be given with cu_seqlens_q, got None")
         batch_size = cu_seqlens_q.shape[0] - 1
@@ -162,18 +214,21 @@ def attention(
             raise ValueError("page_table must be None when cu_seqlens_k is given, got a tensor")
         if max_seqlen_k is None:
             raise ValueError("max_seqlen_k must be given with cu_seqlens_k, got None")
-        total_k, nheads_k, _ = shape(k, ("total_k", "nheads_k", headdim), k_name)
-        headdim_v = shape(v, (total_k, nheads_k, "headdim_v"), v_name)[-1]
         lengths(cu_seqlens_k, batch_size + 1, "cu_seqlens_k")
+        expected = ("total_k", "nheads_k", headdim)
+        total_k, nheads_k, _ = shape(k, expected, k_name, " with cu_seqlens_k")
+        headdim_v = shape(v, (total_k, nheads_k, "headdim_v"), v_name)[-1]
     else:
         rows = batch_size if cache_batch_idx is None else "batch_size_cache"
         if page_table is None:
-            k_shape = shape(k, (rows, "seqlen_k", "nheads_k", headdim), k_name)
+            expected = (rows, "seqlen_k", "nheads_k", headdim)
+            because = "" if cu_seqlens_q is None else " without cu_seqlens_k"
+            k_shape = shape(k, expected, k_name, because)
         else:
-            k_shape = shape(k, ("num_pages", "page_size", "nheads_k", headdim), k_name)
             dtype(page_table, torch.int32, "page_table")
             shape(page_table, (rows, "max_num_pages_per_seq"), "page_table")
-            same_device(q, {"page_table": page_table})
+            expected = ("num_pages", "page_size", "nheads_k", headdim)
+            k_shape = shape(k, expected, k_name, " with page_table")
         first, keys, nheads_k, _ = k_shape
         headdim_v = shape(v, (first, keys, nheads_k, "headdim_v"), v_name)[-1]
 
@@ -194,16 +249,18 @@ def attention(
     lengths(seqused_k, batch_size, seqused_k_name)
     lengths(cache_batch_idx, batch_size, "cache_batch_idx")
     lengths(cache_leftpad, batch_size, "cache_leftpad")
-    if q_dtype is torch.float8_e4m3fn:
-        for name, t in (
-            ("q_descale", q_descale),
-            ("k_descale", k_descale),
-            ("v_descale", v_descale),
-        ):
-            if t is not None:
+    if not (q_descale is k_descale is v_descale is scheduler_metadata is None):
+        descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+        same_device(q, descales | {"scheduler_metadata": scheduler_metadata})
+        for name, t in descales.items():
+            if t is not None and q_dtype is torch.float8_e4m3fn:
                 dtype(t, torch.float32, name)
                 shape(t, (batch_size, nheads_k), name)
-                same_device(q, {name: t})
+        if scheduler_metadata is not None and scheduler_metadata.dtype not in METADATA_DTYPES:
+            raise TypeError(
+                "scheduler_metadata must have dtype torch.int32 or torch.uint8, "
+                f"got {scheduler_metadata.dtype}"
+            )
     if alibi_slopes is not None:
         per_batch = (batch_size, nheads) if alibi_slopes.dim() == 2 else (nheads,)
         shape(alibi_slopes, per_batch, "alibi_slopes")
@@ -223,20 +280,10 @@ def attention(
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
             raise ValueError("out must be None where a gradient is needed, got a tensor")
     softmax(softmax_scale, window_size, attention_chunk, softcap)
-    if num_splits < 0:
-        raise ValueError(f"num_splits must be at least 0 (0: chosen for you), got {num_splits}")
-
-    others = {
-        k_name: k,
-        v_name: v,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "seqused_q": seqused_q,
-        seqused_k_name: seqused_k,
-        "cache_batch_idx": cache_batch_idx,
-        "cache_leftpad": cache_leftpad,
-    }
-    same_device(q, others)
+    if num_splits < -1:
+        raise ValueError(
+            f"num_splits must be at least 0 (0: chosen for you) or -1 (no split), got {num_splits}"
+        )
     return batch_size
 
 
@@ -251,12 +298,20 @@ def append(
     rotary_cos: Tensor | None,
     rotary_sin: Tensor | None,
     cache_seqlens: Tensor | None,
-    cache_leftpad: Tensor | None,
-    cu_seqlens_q: Tensor | None,
     cu_seqlens_k_new: Tensor | None,
     rotary_seqlens: Tensor | None,
 ) -> None:
     """What flash_attn_with_kvcache asks of new keys and values and of their rotation."""
+    lengths(rotary_seqlens, batch_size, "rotary_seqlens")
+    others = {
+        "k": k,
+        "v": v,
+        "cu_seqlens_k_new": cu_seqlens_k_new,
+        "rotary_cos": rotary_cos,
+        "rotary_sin": rotary_sin,
+        "rotary_seqlens": rotary_seqlens,
+    }
+    same_device(q, others)
     contiguous_rows(k_cache, "k_cache")
     contiguous_rows(v_cache, "v_cache")
     if k is None:
@@ -276,12 +331,13 @@ def append(
         raise ValueError("cache_seqlens must be given with k, got None")
     nheads_k, headdim, headdim_v = k_cache.shape[2], k_cache.shape[3], v_cache.shape[3]
     if cu_seqlens_k_new is None:
-        shape(k, (batch_size, "seqlen_new", nheads_k, headdim), "k")
+        rows = (batch_size, "seqlen_new", nheads_k, headdim)
+        shape(k, rows, "k", " without cu_seqlens_k_new")
         shape(v, (batch_size, k.shape[1], nheads_k, headdim_v), "v")
     else:
-        shape(k, ("total_k_new", nheads_k, headdim), "k")
-        shape(v, (k.shape[0], nheads_k, headdim_v), "v")
         lengths(cu_seqlens_k_new, batch_size + 1, "cu_seqlens_k_new")
+        shape(k, ("total_k_new", nheads_k, headdim), "k", " with cu_seqlens_k_new")
+        shape(v, (k.shape[0], nheads_k, headdim_v), "v")
     dtype(k, k_cache.dtype, "k", " like k_cache")
     dtype(v, v_cache.dtype, "v", " like v_cache")
     if (rotary_cos is None) != (rotary_sin is None):
@@ -289,26 +345,81 @@ def append(
     if rotary_cos is not None and rotary_sin is not None:
         shape(rotary_cos, ("seqlen_ro", "rotary_dim / 2"), "rotary_cos")
         shape(rotary_sin, tuple(rotary_cos.shape), "rotary_sin")
-        dtype(rotary_cos, q.dtype, "rotary_cos", " like q")
-        dtype(rotary_sin, q.dtype, "rotary_sin", " like q")
+        if rotary_cos.dtype is not torch.float32:
+            dtype(rotary_cos, q.dtype, "rotary_cos", " like q, or torch.float32")
+        dtype(rotary_sin, rotary_cos.dtype, "rotary_sin", " like rotary_cos")
         if rotary_cos.shape[1] * 2 > headdim:
             raise ValueError(
                 f"rotary_dim must be at most headdim, {headdim}, got {rotary_cos.shape[1] * 2}"
             )
-    lengths(rotary_seqlens, batch_size, "rotary_seqlens")
-    others = {
-        "k": k,
-        "v": v,
-        "cu_seqlens_k_new": cu_seqlens_k_new,
-        "rotary_cos": rotary_cos,
-        "rotary_sin": rotary_sin,
-        "rotary_seqlens": rotary_seqlens,
-    }
-    same_device(q, others)
-    # The append checks the rest before it writes; these two are read after it, by the attention.
+
+
+def read_after_append(
+    q: Tensor,
+    k: Tensor,
+    k_cache: Tensor,
+    *,
+    cache_seqlens: Tensor,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    page_table: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k_new: Tensor | None,
+    seqused_q: Tensor | None,
+    window_size: Sequence[int],
+    attention_chunk: int,
+) -> None:
+    """The values that the append does not look at, and the attention only after it has written."""
+    seqlens = values(cache_seqlens)
+    if seqlens is None:
+        return
     offsets(cu_seqlens_q, q.shape[0], "cu_seqlens_q")
-    pads, seqlens = values(cache_leftpad), values(cache_seqlens)
-    if pads is not None and seqlens is not None:
+    pads, used = values(cache_leftpad), values(seqused_q)
+    if pads is not None:
         for b, (pad, seqlen) in enumerate(zip(pads, seqlens, strict=True)):
             if not 0 <= pad <= seqlen:
                 raise ValueError(f"cache_leftpad[{b}] must be in [0, {seqlen}], got {pad}")
+    if used is not None:
+        for b, (count, rows) in enumerate(zip(used, _counts(q, cu_seqlens_q), strict=True)):
+            if not 0 <= count <= rows:
+                raise ValueError(f"seqused_q[{b}] must be in [0, {rows}], got {count}")
+    num_pages, page_size = k_cache.shape[:2]
+    if page_table is None or _all_pages(page_table, num_pages):
+        return
+    left = window_size[0]
+    entries = values(cache_batch_idx) or range(len(seqlens))
+    for b, (entry, rows, new) in enumerate(
+        zip(entries, used or _counts(q, cu_seqlens_q), _counts(k, cu_seqlens_k_new), strict=True)
+    ):
+        if rows == 0 or not 0 <= entry < page_table.shape[0]:
+            continue
+        pad = pads[b] if pads else 0
+        position = seqlens[b] - pad + new - rows  # of the first row of q
+        seen = max(0, position - left) if left >= 0 else 0
+        if attention_chunk > 0:
+            seen = max(seen, position - position % attention_chunk)
+        first = (pad + seen) // page_size
+        old = page_table[entry, first : -(-seqlens[b] // page_size)]
+        for i, page in enumerate(old.tolist(), first):
+            if not 0 <= page < num_pages:
+                raise ValueError(
+                    f"page_table[{entry}, {i}] must be in [0, {num_pages}), got {page}"
+                )
+
+
+def _counts(x: Tensor, cu_seqlens: Tensor | None) -> list[int]:
+    """How many rows of x, dense or packed, belong to each sequence."""
+    seen = values(cu_seqlens)
+    if seen is None:
+        return [x.shape[1]] * x.shape[0]
+    return [end - begin for begin, end in pairwise(seen)]
+
+
+def _all_pages(page_table: Tensor, num_pages: int) -> bool:
+    """Whether every entry is a page, whoever sees it: in most tables, and quickly told."""
+    if page_table.numel() > 256:
+        lowest, highest = map(int, page_table.aminmax())
+    else:
+        ids = page_table.flatten().tolist() or [0]
+        lowest, highest = min(ids), max(ids)
+    return lowest >= 0 and highest < num_pages

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fa3_ops import checks
-from fa3_ops.autograd import Unconnected, is_watched
+from fa3_ops.autograd import is_watched, severed
 from fa3_ops.errors import as_value_errors
 
 ops = torch.ops.fa3npu
@@ -51,6 +51,7 @@ def _append(
     sm_margin: int = 0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
+    seqused_q: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """Checks, appends and rotates; returns the arguments of flash_attn_kvcache."""
@@ -64,6 +65,7 @@ def _append(
         qv=qv,
         cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q,
+        seqused_q=seqused_q,
         seqused_k=cache_seqlens,
         cache_batch_idx=cache_batch_idx,
         cache_leftpad=cache_leftpad,
@@ -79,6 +81,7 @@ def _append(
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         out=out,
+        scheduler_metadata=scheduler_metadata,
     )
     checks.append(
         q,
@@ -90,16 +93,29 @@ def _append(
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
         cache_seqlens=cache_seqlens,
-        cache_leftpad=cache_leftpad,
-        cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k_new=cu_seqlens_k_new,
         rotary_seqlens=rotary_seqlens,
     )
     if k is not None and cache_seqlens is not None:
+        checks.read_after_append(
+            q,
+            k,
+            k_cache,
+            cache_seqlens=cache_seqlens,
+            cache_batch_idx=cache_batch_idx,
+            cache_leftpad=cache_leftpad,
+            page_table=page_table,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k_new=cu_seqlens_k_new,
+            seqused_q=seqused_q,
+            window_size=window_size,
+            attention_chunk=attention_chunk,
+        )
         if is_watched(k, v, rotary_cos, rotary_sin):
-            new = (k, v, rotary_cos, rotary_sin)
-            q = Unconnected.apply("flash_attn_with_kvcache", q, *new)
-            k, v, rotary_cos, rotary_sin = (None if x is None else x.detach() for x in new)
+            q, k, v, rotary_cos, rotary_sin = severed(
+                "flash_attn_with_kvcache", q, k, v, rotary_cos, rotary_sin
+            )
+            assert k is not None
         if rotary_cos is not None:
             first = cache_seqlens if rotary_seqlens is None else rotary_seqlens
             # Without a causal or local mask all rows of q count as the first new position.
@@ -137,7 +153,7 @@ def _append(
         page_table,
         cu_seqlens_q,
         max_seqlen_q,
-        None,  # seqused_q
+        seqused_q,
         q_descale,
         k_descale,
         v_descale,

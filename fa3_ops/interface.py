@@ -18,23 +18,60 @@ argument.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fa3_ops import checks, composite, direct
 from fa3_ops.autocast import cast_training
-from fa3_ops.errors import as_value_errors
+from fa3_ops.errors import check_kind, names_arguments, renamed
 
 ops = torch.ops.fa3npu
 
-Window: TypeAlias = Sequence[int] | Tensor
+Window: TypeAlias = Sequence[int | None] | Tensor | None
+_INTS = (int, torch.SymInt)
 
 
 def _window(window_size: Window) -> tuple[int, ...]:
-    """A tuple, list or tensor as the tuple that the operators take."""
-    return tuple(map(int, window_size))
+    """A tuple, list or tensor as the tuple that the operators take; None means no limit."""
+    if window_size is None:
+        return (-1, -1)
+    return tuple([-1 if side is None else index(side) for side in window_size])
+
+
+def _defaults(
+    attention_chunk: int | None, softcap: float | None, num_splits: int | None, splits: int
+) -> tuple[int, float, int]:
+    """None is the default, `splits` that of num_splits, of which -1 means no split."""
+    if num_splits is None:
+        num_splits = splits
+    elif num_splits == -1:
+        num_splits = 1
+    return (
+        0 if attention_chunk is None else attention_chunk,
+        0.0 if softcap is None else softcap,
+        num_splits,
+    )
+
+
+def _returned(return_attn_probs: bool, return_softmax_lse: bool, dropout_p: float) -> bool:
+    """Whether softmax_lse is returned. No operator gets these arguments, to check them."""
+    if type(return_attn_probs) is not bool:
+        check_kind(return_attn_probs, bool, "return_attn_probs")
+    if type(return_softmax_lse) is not bool:
+        check_kind(return_softmax_lse, bool, "return_softmax_lse")
+    if dropout_p != 0:
+        raise ValueError(f"dropout_p must be 0 (fa3_ops has no dropout), got {dropout_p}")
+    return return_attn_probs or return_softmax_lse
+
+
+def _packed_offsets(seqused_k: Tensor, q: Tensor, cu_seqlens_q: Tensor | None, k: Tensor) -> Tensor:
+    """cu_seqlens_k of sequences that lie back to back in k, from how long each is."""
+    checks.packed_lengths(seqused_k, q, cu_seqlens_q, k)
+    return F.pad(seqused_k.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def _one_of(**names: Tensor | None) -> Tensor:
@@ -45,7 +82,7 @@ def _one_of(**names: Tensor | None) -> Tensor:
     return next(iter(given.values()))
 
 
-@as_value_errors
+@names_arguments
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -57,9 +94,9 @@ def flash_attn_func(
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
     window_size: Window = (-1, -1),
-    attention_chunk: int = 0,
-    softcap: float = 0.0,
-    num_splits: int = 1,
+    attention_chunk: int | None = 0,
+    softcap: float | None = 0.0,
+    num_splits: int | None = 1,
     pack_gqa: bool | None = None,
     deterministic: bool = False,
     sm_margin: int = 0,
@@ -69,6 +106,8 @@ def flash_attn_func(
     sinks: Tensor | None = None,
     s_aux: Tensor | None = None,
     learnable_sink: Tensor | None = None,
+    return_softmax_lse: bool = False,
+    dropout_p: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of dense batches, differentiable in q, k, v and sinks.
 
@@ -83,14 +122,16 @@ def flash_attn_func(
         q_descale, k_descale, v_descale: (batch_size, nheads_k) float32, factors of FP8 inputs;
             ignored for other dtypes.
         window_size: (left, right); query i sees keys from i + seqlen_k - seqlen_q - left to
-            i + seqlen_k - seqlen_q + right, both inclusive; -1 means no limit.
+            i + seqlen_k - seqlen_q + right, both inclusive; -1 or None means no limit.
         attention_chunk: if positive, a query sees only keys of its own chunk of so many positions.
         softcap: if positive, scores become softcap * tanh(scores / softcap).
-        return_attn_probs: also return softmax_lse.
+        num_splits: a schedule; -1 is 1, no split. None is the default, here and for the two above.
+        return_attn_probs, return_softmax_lse: also return softmax_lse.
         alibi_slopes: (nheads,) or (batch_size, nheads) float32; adds
             -slope * |i + seqlen_k - seqlen_q - j| to the scores.
         sinks (aliases s_aux, learnable_sink): (nheads,); a score that each row's softmax counts,
             without a value.
+        dropout_p: must be 0.
 
     Returns:
         out: (batch_size, seqlen_q, nheads, headdim_v) in q's dtype (bfloat16 for FP8); 0 where a
@@ -101,6 +142,8 @@ def flash_attn_func(
     if s_aux is not None or learnable_sink is not None:
         sinks = _one_of(sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
     window = _window(window_size)
+    attention_chunk, softcap, num_splits = _defaults(attention_chunk, softcap, num_splits, 1)
+    returns_lse = _returned(return_attn_probs, return_softmax_lse, dropout_p)
     if torch.compiler.is_compiling():
         softmax_scale, softcap = checks.constants(softmax_scale, softcap)
     q, k, v, qv = cast_training(q, k, v, qv)
@@ -126,10 +169,10 @@ def flash_attn_func(
         *(alibi_slopes, sinks),
     )
     out, softmax_lse = direct.call(ops.flash_attn_func, ops.flash_attn_func.default, arguments)
-    return (out, softmax_lse) if return_attn_probs else out
+    return (out, softmax_lse) if returns_lse else out
 
 
-@as_value_errors
+@names_arguments
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -147,9 +190,9 @@ def flash_attn_varlen_func(
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
     window_size: Window = (-1, -1),
-    attention_chunk: int = 0,
-    softcap: float = 0.0,
-    num_splits: int = 1,
+    attention_chunk: int | None = 0,
+    softcap: float | None = 0.0,
+    num_splits: int | None = 1,
     pack_gqa: bool | None = None,
     deterministic: bool = False,
     sm_margin: int = 0,
@@ -163,6 +206,8 @@ def flash_attn_varlen_func(
     learnable_sink: Tensor | None = None,
     out: Tensor | None = None,
     scheduler_metadata: Tensor | None = None,
+    return_softmax_lse: bool = False,
+    dropout_p: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of packed sequences, differentiable in q, k, v and sinks.
 
@@ -173,7 +218,8 @@ def flash_attn_varlen_func(
             side is dense, as in flash_attn_func.
         max_seqlen_q, max_seqlen_k: upper bounds of the lengths; needed with cu_seqlens.
         seqused_q, seqused_k: (batch_size,) int32; how many rows of each sequence count, from its
-            start. Rows of q that do not count give 0 and -inf.
+            start. Rows of q that do not count give 0 and -inf. With k and v packed and without
+            cu_seqlens_k, seqused_k says how long each sequence is, one behind the other.
         page_table (alias block_table): (batch_size, max_num_pages_per_seq) int32; k and v are then
             a paged cache, (num_pages, page_size, nheads_k, ...), cu_seqlens_k must be None and
             lengths come as seqused_k. No backward.
@@ -188,10 +234,16 @@ def flash_attn_varlen_func(
     if block_table is not None:
         page_table = _one_of(page_table=page_table, block_table=block_table)
     window = _window(window_size)
+    attention_chunk, softcap, num_splits = _defaults(attention_chunk, softcap, num_splits, 1)
+    returns_lse = _returned(return_attn_probs, return_softmax_lse, dropout_p)
     if torch.compiler.is_compiling():
         softmax_scale, softcap = checks.constants(softmax_scale, softcap)
     if page_table is None:
         q, k, v, qv = cast_training(q, k, v, qv)
+        if cu_seqlens_k is None and seqused_k is not None and k.dim() == 3:
+            cu_seqlens_k = _packed_offsets(seqused_k, q, cu_seqlens_q, k)
+            seqused_k = None
+            max_seqlen_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
     checks.attention(
         q,
         k,
@@ -215,9 +267,13 @@ def flash_attn_varlen_func(
         alibi_slopes=alibi_slopes,
         sinks=sinks,
         out=out,
+        scheduler_metadata=scheduler_metadata,
     )
     arguments: tuple[object, ...]
     if page_table is not None:
+        if max_seqlen_k is not None or deterministic is not False:  # which no operator gets
+            check_kind(max_seqlen_k, int | None, "max_seqlen_k")
+            check_kind(deterministic, bool, "deterministic")
         op = ops.flash_attn_kvcache
         arguments = (
             *(
@@ -257,9 +313,10 @@ def flash_attn_varlen_func(
         out, softmax_lse = direct.call(op, op.default, arguments)
     else:
         softmax_lse = op.out(*arguments, out=out)
-    return (out, softmax_lse) if return_attn_probs else out
+    return (out, softmax_lse) if returns_lse else out
 
 
+@names_arguments
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     softmax_scale: float | None = None,
@@ -268,15 +325,20 @@ def flash_attn_qkvpacked_func(
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
     window_size: Window = (-1, -1),
-    attention_chunk: int = 0,
-    softcap: float = 0.0,
+    attention_chunk: int | None = 0,
+    softcap: float | None = 0.0,
     deterministic: bool = False,
     num_heads_q: int | None = None,
     sm_margin: int = 0,
     return_attn_probs: bool = False,
+    *,
+    return_softmax_lse: bool = False,
+    dropout_p: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """flash_attn_func of one tensor: qkv is (batch_size, seqlen, 3, nheads, headdim), or
     (batch_size, seqlen, num_heads_q + 2 * nheads_k, headdim) with num_heads_q given."""
+    if num_heads_q is not None:
+        check_kind(num_heads_q, int, "num_heads_q")
     if qkv.dim() == 5:
         checks.shape(qkv, ("batch_size", "seqlen", 3, "nheads", "headdim"), "qkv")
         q, k, v = qkv.unbind(dim=-3)
@@ -307,10 +369,12 @@ def flash_attn_qkvpacked_func(
         deterministic=deterministic,
         sm_margin=sm_margin,
         return_attn_probs=return_attn_probs,
+        return_softmax_lse=return_softmax_lse,
+        dropout_p=dropout_p,
     )
 
 
-@as_value_errors
+@names_arguments
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -334,11 +398,11 @@ def flash_attn_with_kvcache(
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Window = (-1, -1),
-    attention_chunk: int = 0,
-    softcap: float = 0.0,
+    attention_chunk: int | None = 0,
+    softcap: float | None = 0.0,
     rotary_interleaved: bool = True,
     scheduler_metadata: Tensor | None = None,
-    num_splits: int = 0,
+    num_splits: int | None = 0,
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
     return_softmax_lse: bool = False,
@@ -349,6 +413,7 @@ def flash_attn_with_kvcache(
     s_aux: Tensor | None = None,
     learnable_sink: Tensor | None = None,
     out: Tensor | None = None,
+    seqused_q: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Appends k and v to a KV cache in place, then attends to the cache. Has no backward.
 
@@ -358,21 +423,23 @@ def flash_attn_with_kvcache(
         k_cache: (batch_size_cache, seqlen_cache, nheads_k, headdim), or paged
             (num_pages, page_size, nheads_k, headdim) with page_table; any page_size from 1, any
             strides but of the last dimension, which is contiguous.
-        v_cache: likewise with headdim_v.
+        v_cache: likewise with headdim_v. Without k, both may also be packed, (total_k, nheads_k,
+            ...): sequence b has cache_seqlens[b] keys, behind those of sequence b - 1.
         k, v: (batch_size, seqlen_new, nheads_k, ...), or packed with cu_seqlens_k_new; written at
             positions cache_seqlens[b] and on. Masks then count the lengths after the append.
         qv: like q with headdim_v.
-        rotary_cos, rotary_sin: (seqlen_ro, rotary_dim / 2), q's dtype; only with k. New keys are
-            rotated at cache_seqlens[b], cache_seqlens[b] + 1, ... (left padding counted), and so is
-            q if causal, windowed or chunked; else every row of q at cache_seqlens[b].
+        rotary_cos, rotary_sin: (seqlen_ro, rotary_dim / 2), q's dtype or float32; only with k. New
+            keys are rotated at cache_seqlens[b], cache_seqlens[b] + 1, ... (left padding counted),
+            and so is q if causal, windowed or chunked; else every row of q at cache_seqlens[b].
         rotary_interleaved: pairs are dimensions (0, 1), (2, 3), ..., else (0, rotary_dim / 2), ...
         rotary_seqlens: (batch_size,) int32, the first position instead of cache_seqlens.
         cache_seqlens: int, or (batch_size,) int32: valid keys in the cache before the append,
             counted from the cache's start; by default all.
         cache_batch_idx: (batch_size,) int32, row of the cache (or of page_table) of each sequence.
         cache_leftpad: (batch_size,) int32, keys at the start of the cache that do not count.
-        page_table (alias block_table): (batch_size, max_num_pages_per_seq) int32; entries past a
-            sequence's last page are not read.
+        page_table (alias block_table): (batch_size, max_num_pages_per_seq) int32; entries of pages
+            that no row of q sees are not read.
+        seqused_q: (batch_size,) int32; how many rows of q of each sequence count, from its start.
         out: the result is written there.
 
     Returns:
@@ -384,17 +451,64 @@ def flash_attn_with_kvcache(
         page_table = _one_of(page_table=page_table, block_table=block_table)
     if s_aux is not None or learnable_sink is not None:
         sinks = _one_of(sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
-    if isinstance(cache_seqlens, int):
+    if type(return_softmax_lse) is not bool:
+        check_kind(return_softmax_lse, bool, "return_softmax_lse")
+    attention_chunk, softcap, num_splits = _defaults(attention_chunk, softcap, num_splits, 0)
+    if isinstance(cache_seqlens, _INTS):
         batch = q.shape[:1] if cu_seqlens_q is None else (cu_seqlens_q.shape[0] - 1,)
         cache_seqlens = torch.full(batch, cache_seqlens, dtype=torch.int32, device=k_cache.device)
     if torch.compiler.is_compiling():
         softmax_scale, softcap = checks.constants(softmax_scale, softcap)
+    if k_cache.dim() == 3 and k is None and page_table is None:
+        check_kind(rotary_interleaved, bool, "rotary_interleaved")
+        checks.packed_cache(
+            k_cache,
+            cache_seqlens,
+            rotary_seqlens,
+            v=v,
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            cache_batch_idx=cache_batch_idx,
+            cache_leftpad=cache_leftpad,
+            cu_seqlens_k_new=cu_seqlens_k_new,
+        )
+        try:
+            return flash_attn_varlen_func(
+                q,
+                k_cache,
+                v_cache,
+                cu_seqlens_q,
+                None,
+                max_seqlen_q,
+                None,
+                seqused_q,
+                cache_seqlens,
+                softmax_scale,
+                causal,
+                qv,
+                q_descale,
+                k_descale,
+                v_descale,
+                window_size,
+                attention_chunk,
+                softcap,
+                num_splits,
+                pack_gqa,
+                sm_margin=sm_margin,
+                alibi_slopes=alibi_slopes,
+                sinks=sinks,
+                out=out,
+                scheduler_metadata=scheduler_metadata,
+                return_softmax_lse=return_softmax_lse,
+            )
+        except (ValueError, TypeError) as error:
+            raise renamed(error, k="k_cache", v="v_cache", seqused_k="cache_seqlens") from None
     arguments = (
         *(q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx),
         *(cache_leftpad, page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, rotary_seqlens),
         *(q_descale, k_descale, v_descale, softmax_scale, causal, _window(window_size)),
         *(attention_chunk, softcap, rotary_interleaved, scheduler_metadata, num_splits, pack_gqa),
-        *(sm_margin, alibi_slopes, sinks),
+        *(sm_margin, alibi_slopes, sinks, seqused_q),
     )
     op = ops.flash_attn_with_kvcache
     # An append goes through the operator, whose schema is checked before anything is written.
@@ -407,7 +521,7 @@ def flash_attn_with_kvcache(
     return (out, softmax_lse) if return_softmax_lse else out
 
 
-@as_value_errors
+@names_arguments
 def flash_attn_combine(
     out_partial: Tensor,
     lse_partial: Tensor,
@@ -432,12 +546,13 @@ def flash_attn_combine(
     checks.shape(lse_partial, tuple(out_partial.shape[:-1]), "lse_partial")
     checks.dtype(out_partial, torch.float32, "out_partial")
     checks.dtype(lse_partial, torch.float32, "lse_partial")
-    checks.same_device(out_partial, {"lse_partial": lse_partial})
+    checks.same_device(out_partial, {"lse_partial": lse_partial, "out": out}, "out_partial")
+    name = "out_dtype"
     if out_dtype is None and out is not None:
-        out_dtype = out.dtype
+        name, out_dtype = "dtype of out", out.dtype
     if out_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(
-            f"out_dtype must be torch.float32, torch.float16 or torch.bfloat16, got {out_dtype}"
+            f"{name} must be torch.float32, torch.float16 or torch.bfloat16, got {out_dtype}"
         )
     merged, softmax_lse = ops.flash_attn_combine(out_partial, lse_partial, out_dtype)
     if out is None:
@@ -447,7 +562,7 @@ def flash_attn_combine(
     return out.copy_(merged), softmax_lse
 
 
-@as_value_errors
+@names_arguments
 def get_scheduler_metadata(
     batch_size: int,
     max_seqlen_q: int,
@@ -465,13 +580,13 @@ def get_scheduler_metadata(
     max_seqlen_k_new: int = 0,
     causal: bool = False,
     window_size: Window = (-1, -1),
-    attention_chunk: int = 0,
+    attention_chunk: int | None = 0,
     has_softcap: bool = False,
-    num_splits: int = 0,
+    num_splits: int | None = 0,
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
     *,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     softmax_scale: float | None = None,
 ) -> Tensor:
     """The schedule of a later call of flash_attn_with_kvcache, as a tensor whose size depends on
@@ -480,15 +595,25 @@ def get_scheduler_metadata(
     On CPU: int32 (batch_size,), which nothing reads. On NPU: uint8, for a call that a graph capture
     records. Every argument must be that of the call: softcap and softmax_scale (by default
     1 / sqrt(headdim)) too, page_size * max_num_pages_per_seq as max_seqlen_k. A call that gets the
-    metadata of another one, or of other lengths, returns NaN. It waits for the device, so it cannot
-    be captured itself (RuntimeError): make it before each replay and copy it into the tensor that
-    the captured call got.
+    metadata of another one, or of other lengths, returns NaN. It cannot be captured itself
+    (ValueError): make it before each replay and copy it into the tensor that the captured call got.
     """
+    check_kind(qkv_dtype, torch.dtype, "qkv_dtype")
+    attention_chunk, softcap, num_splits = _defaults(attention_chunk, softcap, num_splits, 0)
+    if cache_seqlens.dim() == 1 and cache_seqlens.shape[0] != batch_size:
+        raise ValueError(
+            f"batch_size must be the number of cache_seqlens, {cache_seqlens.shape[0]}, "
+            f"got {batch_size}"
+        )
     if torch.compiler.is_compiling():
         softmax_scale, softcap = checks.constants(softmax_scale, softcap)
     checks.lengths(cache_seqlens, batch_size, "cache_seqlens")
+    checks.lengths(cu_seqlens_q, batch_size + 1, "cu_seqlens_q")
     checks.lengths(cu_seqlens_k_new, batch_size + 1, "cu_seqlens_k_new")
     checks.lengths(cache_leftpad, batch_size, "cache_leftpad")
+    others = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new}
+    others["cache_leftpad"] = cache_leftpad
+    checks.same_device(cache_seqlens, others, "cache_seqlens")
     metadata: Tensor = ops.get_scheduler_metadata(
         *(batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim),
         *(cache_seqlens, qkv_dtype, headdim_v, cu_seqlens_q, cu_seqlens_k_new, cache_leftpad),

@@ -132,7 +132,11 @@ def batched(
     **arguments: object,
 ) -> tuple[Tensor, Tensor]:
     """Every layout: q dense (batch_size, seqlen_q, ...) or packed by cu_seqlens_q; k and v dense,
-    packed by cu_seqlens_k, or paged. Rows of q that no sequence uses give 0 and -inf."""
+    packed by cu_seqlens_k (or by seqused_k, one sequence behind the other), or paged. Rows of q
+    that no sequence uses give 0 and -inf."""
+    if k.dim() == 3 and cu_seqlens_k is None and seqused_k is not None:
+        cu_seqlens_k = torch.tensor([0, *seqused_k.cumsum(0).tolist()])
+        seqused_k = None
     batch_size = q.shape[0] if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=torch.float64)
     *batch, rows, nheads, _ = q.shape
@@ -154,7 +158,7 @@ def batched(
             segment = slice(int(cu_seqlens_k[b]), int(cu_seqlens_k[b + 1]))
             keys, values = k[segment], v[segment]
         elif page_table is not None:
-            # Entries past the last page in use may hold anything.
+            # Entries of pages that no row sees may hold anything.
             pages = page_table[entry].long().clamp(0, k.shape[0] - 1)
             keys, values = (x[pages].flatten(0, 1) for x in (k, v))
         else:

@@ -9,6 +9,7 @@ flash-attention repository. What differs:
 - softmax_lse is -inf (there: +inf) where a row sees no key, and is the true one under causal ALiBi
   (there: another constant per row).
 - softcap of 0 or less means none, as there. deterministic never changes a number.
+- get_scheduler_metadata, which FlashAttention-2 lacks, is that of fa3_ops.interface.
 """
 
 from __future__ import annotations
@@ -18,20 +19,32 @@ from typing import TypeAlias
 from torch import Tensor
 
 from fa3_ops import checks, interface
-from fa3_ops.interface import Window
+from fa3_ops.errors import names_arguments
+from fa3_ops.interface import Window, get_scheduler_metadata
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
+]
 
 Result: TypeAlias = Tensor | tuple[Tensor, Tensor, None]
 
 
-def _no_dropout(dropout_p: float) -> None:
-    if dropout_p != 0:
-        raise ValueError(f"dropout_p must be 0 (fa3_ops has no dropout), got {dropout_p}")
+def _softcap(softcap: float | None) -> float | None:
+    return softcap if softcap is None else max(softcap, 0.0)
 
 
 def _with_probs(result: Tensor | tuple[Tensor, Tensor]) -> Result:
     return result if isinstance(result, Tensor) else (*result, None)
 
 
+@names_arguments
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -40,13 +53,12 @@ def flash_attn_func(
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Window = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Result:
     """interface.flash_attn_func, with alibi_slopes in FlashAttention-2's place."""
-    _no_dropout(dropout_p)
     return _with_probs(
         interface.flash_attn_func(
             q,
@@ -55,21 +67,23 @@ def flash_attn_func(
             softmax_scale,
             causal,
             window_size=window_size,
-            softcap=max(softcap, 0.0),
+            softcap=_softcap(softcap),
             deterministic=deterministic,
             return_attn_probs=return_attn_probs,
             alibi_slopes=alibi_slopes,
+            dropout_p=dropout_p,
         )
     )
 
 
+@names_arguments
 def flash_attn_qkvpacked_func(
     qkv: Tensor,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Window = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -92,6 +106,7 @@ def flash_attn_qkvpacked_func(
     )
 
 
+@names_arguments
 def flash_attn_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -99,7 +114,7 @@ def flash_attn_kvpacked_func(
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Window = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -122,6 +137,7 @@ def flash_attn_kvpacked_func(
     )
 
 
+@names_arguments
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -129,12 +145,12 @@ def flash_attn_varlen_func(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_k: int | None,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Window = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -142,7 +158,6 @@ def flash_attn_varlen_func(
 ) -> Result:
     """interface.flash_attn_varlen_func; with block_table k and v are a paged cache and cu_seqlens_k
     still gives the lengths. No backward then."""
-    _no_dropout(dropout_p)
     paged = block_table is not None
     if block_table is not None:
         checks.lengths(cu_seqlens_k, block_table.shape[0] + 1, "cu_seqlens_k")
@@ -160,15 +175,17 @@ def flash_attn_varlen_func(
             softmax_scale,
             causal,
             window_size=window_size,
-            softcap=max(softcap, 0.0),
+            softcap=_softcap(softcap),
             deterministic=deterministic,
             return_attn_probs=return_attn_probs,
             page_table=block_table,
             alibi_slopes=alibi_slopes,
+            dropout_p=dropout_p,
         )
     )
 
 
+@names_arguments
 def flash_attn_varlen_qkvpacked_func(
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -177,7 +194,7 @@ def flash_attn_varlen_qkvpacked_func(
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Window = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -204,6 +221,7 @@ def flash_attn_varlen_qkvpacked_func(
     )
 
 
+@names_arguments
 def flash_attn_varlen_kvpacked_func(
     q: Tensor,
     kv: Tensor,
@@ -215,7 +233,7 @@ def flash_attn_varlen_kvpacked_func(
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Window = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
@@ -242,6 +260,7 @@ def flash_attn_varlen_kvpacked_func(
     )
 
 
+@names_arguments
 def flash_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
@@ -257,10 +276,10 @@ def flash_attn_with_kvcache(
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Window = (-1, -1),
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     rotary_interleaved: bool = True,
     alibi_slopes: Tensor | None = None,
-    num_splits: int = 0,
+    num_splits: int | None = 0,
     return_softmax_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """interface.flash_attn_with_kvcache for dense q. Pages may have any size, and cache_batch_idx
@@ -281,7 +300,7 @@ def flash_attn_with_kvcache(
         softmax_scale=softmax_scale,
         causal=causal,
         window_size=window_size,
-        softcap=max(softcap, 0.0),
+        softcap=_softcap(softcap),
         rotary_interleaved=rotary_interleaved,
         num_splits=num_splits,
         return_softmax_lse=return_softmax_lse,

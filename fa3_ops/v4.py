@@ -9,20 +9,20 @@ flash-attention repository. What differs:
   seqlen_k_per_split and min_seqlen_k are schedules: they never change a number.
 - score_mod, mask_mod, their aux_tensors and aux_scalars, block sparsity and gather_kv_indices are
   refused.
+- get_scheduler_metadata checks its arguments and makes nothing that is read.
 - Head dims from 1 to 512, any page size, float32 and float64, and CPU tensors are served too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fa3_ops import checks, interface
-
-Window: TypeAlias = Sequence[int | None]
+from fa3_ops.errors import check_kind, check_kinds, names_arguments
+from fa3_ops.interface import Window
 
 
 def _refuse(**arguments: object) -> None:
@@ -31,27 +31,69 @@ def _refuse(**arguments: object) -> None:
             raise ValueError(f"{name} is not supported by fa3_ops.v4, got {type(value).__name__}")
 
 
-def _window(window_size: Window, causal: bool) -> tuple[int, int]:
-    """None means no limit, and so does a negative sum; another negative side moves the window,
-    which no operator here can."""
-    left, right = window_size
+def _window(window_size: Window, causal: bool) -> tuple[int | None, int | None]:
+    """None means no limit, and so does a negative sum; another negative side moves the window away
+    from the diagonal, which no operator here can."""
+    sides = (None, None) if window_size is None else tuple(window_size)
+    if len(sides) != 2:
+        raise ValueError(f"window_size must be (left, right), got {sides}")
+    left, right = sides
     if causal:
         right = 0
     if left is not None and right is not None and left + right < 0:
-        return -1, -1
+        return None, None
     for side in (left, right):
         if side is not None and side < 0:
             raise ValueError(
-                f"window_size must hold None or numbers from 0 on, got {tuple(window_size)}"
+                "window_size must hold None or numbers from 0 on, because a window that does not "
+                f"touch the diagonal is not served, got {sides}"
             )
-    return -1 if left is None else left, -1 if right is None else right
+    return left, right
+
+
+class SchedulerMetadata(NamedTuple):
+    """The fields of FlashAttention-4's, of which only the number of splits is there. Nothing in
+    fa3_ops reads it."""
+
+    num_m_blocks_ptr: None
+    num_splits_dynamic_ptr: Tensor
+    virtual_batch_idx_ptr: None = None
+    num_nheads_in_l2_ptr: None = None
+    tile_count_semaphore: None = None
+    cu_total_m_blocks: None = None
+    cu_total_splits_m_blocks: None = None
+    blocks_to_batch_idx: None = None
+
+
+def _check_schedule(
+    min_seqlen_k: int | None,
+    seqlen_k_per_split: int | None,
+    scheduler_metadata: object,
+    disable_scheduler_metadata: bool,
+) -> None:
+    """No operator gets these arguments, to check them."""
+    if min_seqlen_k is not None or seqlen_k_per_split is not None:
+        check_kind(min_seqlen_k, int | None, "min_seqlen_k")
+        check_kind(seqlen_k_per_split, int | None, "seqlen_k_per_split")
+    if scheduler_metadata is not None and not isinstance(scheduler_metadata, (tuple, Tensor)):
+        raise TypeError(
+            "scheduler_metadata must be what get_scheduler_metadata returns, "
+            f"got {type(scheduler_metadata).__name__}"
+        )
+    if type(disable_scheduler_metadata) is not bool:
+        check_kind(disable_scheduler_metadata, bool, "disable_scheduler_metadata")
 
 
 def _queries(q: Tensor, k: Tensor, v: Tensor, qv: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """k and v as one and the same tensor, 512 wide, are MLA's latent cache: the scores are then
     those of qv alone, or of q where there is no qv."""
     if k is v and v.shape[-1] == 512:
-        return q if qv is None else qv, None
+        if qv is None:
+            return q, None
+        checks.shape(qv, (*q.shape[:-1], 512), "qv")
+        checks.dtype(qv, q.dtype, "qv", " like q")
+        checks.same_device(q, {"qv": qv})
+        return qv, None
     return q, qv
 
 
@@ -66,6 +108,7 @@ def _result(
     return out, lse.transpose(-1, -2) if mla else lse
 
 
+@names_arguments
 def flash_attn_func(
     q: Tensor,
     k: Tensor,
@@ -76,8 +119,8 @@ def flash_attn_func(
     causal: bool = False,
     window_size: Window = (None, None),
     learnable_sink: Tensor | None = None,
-    softcap: float = 0.0,
-    num_splits: int = 1,
+    softcap: float | None = 0.0,
+    num_splits: int | None = 1,
     pack_gqa: bool | None = None,
     deterministic: bool = False,
     score_mod: None = None,
@@ -119,6 +162,7 @@ def flash_attn_func(
     return _result(result, k, v, qv)
 
 
+@names_arguments
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,
@@ -137,8 +181,8 @@ def flash_attn_varlen_func(
     causal: bool = False,
     window_size: Window = (None, None),
     learnable_sink: Tensor | None = None,
-    softcap: float = 0.0,
-    num_splits: int = 1,
+    softcap: float | None = 0.0,
+    num_splits: int | None = 1,
     pack_gqa: bool | None = None,
     deterministic: bool = False,
     score_mod: None = None,
@@ -162,6 +206,11 @@ def flash_attn_varlen_func(
         block_sparse_tensors=block_sparse_tensors,
         aux_tensors=aux_tensors,
         aux_scalars=aux_scalars,
+    )
+    if isinstance(scheduler_metadata, Tensor):
+        checks.same_device(q, {"scheduler_metadata": scheduler_metadata})
+    _check_schedule(
+        min_seqlen_k, seqlen_k_per_split, scheduler_metadata, disable_scheduler_metadata
     )
     # Upper bounds: no sequence is longer than all together.
     if max_seqlen_q is None and cu_seqlens_q is not None:
@@ -194,6 +243,7 @@ def flash_attn_varlen_func(
     return _result(result, k, v, qv)
 
 
+@names_arguments
 def flash_attn_combine(
     out_partial: Tensor,
     lse_partial: Tensor,
@@ -208,14 +258,63 @@ def flash_attn_combine(
     default. cu_seqlens says how the rows of a 4-dimensional out_partial belong together, which no
     number depends on, virtual_batch_idx in which order batches are merged. seqused is refused."""
     _refuse(seqused=seqused)
+    check_kind(return_lse, bool, "return_lse")
+    checks.lengths(virtual_batch_idx, "batch_size", "virtual_batch_idx")
+    others = {"cu_seqlens": cu_seqlens, "virtual_batch_idx": virtual_batch_idx, "out": out}
+    checks.same_device(out_partial, others, "out_partial")
     if cu_seqlens is not None:
-        checks.shape(out_partial, ("num_splits", "total_q", "nheads", "headdim"), "out_partial")
         checks.lengths(cu_seqlens, "batch_size + 1", "cu_seqlens")
+        rows = ("num_splits", "total_q", "nheads", "headdim")
+        checks.shape(out_partial, rows, "out_partial", " with cu_seqlens")
     if out is not None:
-        out_dtype = out.dtype
+        check_kind(out_dtype, torch.dtype | None, "out_dtype")
+        out_dtype = None
     elif out_dtype is None:
         out_dtype = out_partial.dtype
     if out_partial.dtype in (torch.float16, torch.bfloat16):
         out_partial = out_partial.float()
     merged, lse = interface.flash_attn_combine(out_partial, lse_partial, out, out_dtype)
     return merged, lse if return_lse else None
+
+
+@names_arguments
+def get_scheduler_metadata(
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    nheads: int,
+    nheads_kv: int,
+    headdim: int,
+    num_splits: int,
+    headdim_v: int | None = None,
+    pack_gqa: int | None = None,
+    causal: bool = False,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
+    seqlen_k_new: int = 0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    cu_seqlens_k_new: Tensor | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    seqlen_k_per_split: int | None = None,
+    _arch: int | None = None,
+) -> SchedulerMetadata:
+    """What flash_attn_varlen_func takes as scheduler_metadata. A schedule never changes a number,
+    and the operators plan by themselves: only what it is made from is checked."""
+    check_kinds(get_scheduler_metadata, locals())
+    offsets = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    lengths = {"seqused_q": seqused_q, "seqused_k": seqused_k}
+    sizes = [t.numel() - 1 for t in offsets.values() if t is not None]
+    sizes += [t.numel() for t in lengths.values() if t is not None]
+    if not sizes:
+        raise ValueError(f"one of {', '.join([*offsets, *lengths])} must be given, got None")
+    offsets["cu_seqlens_k_new"], lengths["leftpad_k"] = cu_seqlens_k_new, leftpad_k
+    given = {name: t for name, t in (offsets | lengths).items() if t is not None}
+    name, first = next(iter(given.items()))
+    checks.same_device(first, given, name)
+    for name, t in offsets.items():
+        checks.lengths(t, sizes[0] + 1, name)
+    for name, t in lengths.items():
+        checks.lengths(t, sizes[0], name)
+    return SchedulerMetadata(None, first.new_full((sizes[0],), max(num_splits, 1)))

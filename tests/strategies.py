@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from sample_inputs import rotary
 from torch import Tensor
 
+from fa3_ops import reference
+
 FORWARD_DTYPES = (
     torch.float32,
     torch.float16,
@@ -252,6 +254,10 @@ def kvcache_calls(
         q_rows: tuple[int, ...] = (int(call["cu_seqlens_q"][-1]),)
     else:
         q_rows = (batch, seqlen_q)
+        seqlens_q = torch.full((batch,), seqlen_q, dtype=torch.int32)
+    if draw(st.booleans()):
+        seqlens_q = (torch.rand(batch) * (seqlens_q + 1)).int()
+        call["seqused_q"] = seqlens_q
     call["q"] = tensor(draw, (*q_rows, nheads, d), dtype)
     if draw(st.booleans()):
         call["qv"] = tensor(draw, (*q_rows, nheads, dv), dtype)
@@ -259,7 +265,8 @@ def kvcache_calls(
     if "k" in call and d >= 2 and draw(st.booleans()):
         rotary_dim = 2 * draw(st.integers(1, d // 2))
         positions = capacity + 20 + 90
-        call["rotary_cos"], call["rotary_sin"] = rotary(positions, rotary_dim, dtype)
+        tables = draw(st.sampled_from([dtype, torch.float32]))
+        call["rotary_cos"], call["rotary_sin"] = rotary(positions, rotary_dim, tables)
         call["rotary_interleaved"] = draw(st.booleans())
         if draw(st.booleans()):
             call["rotary_seqlens"] = lengths(draw, batch, 20)
@@ -276,7 +283,26 @@ def kvcache_calls(
             owned_k[entry, at] = True
     call["k_cache"] = k_cache.copy_(poison(k_cache, owned_k))
     call["v_cache"] = v_cache.copy_(poison(v_cache, owned_k))
+    if "page_table" in call and draw(st.booleans()):
+        hide_pages(call, rows[1], seqlens_q, new_lengths)
     return call
+
+
+def hide_pages(call: dict[str, Any], page_size: int, seqlens_q: Tensor, new: Tensor) -> None:
+    """Gives the pages that no row of q sees and no key is written to an id that is none."""
+    needed = torch.zeros(call["page_table"].shape, dtype=torch.bool)
+    arguments = ("causal", "window_size", "attention_chunk")
+    causal, window_size, attention_chunk = (call[name] for name in arguments)
+    for b, (old, count) in enumerate(
+        zip(call["cache_seqlens"].tolist(), new.tolist(), strict=True)
+    ):
+        entry = int(call["cache_batch_idx"][b]) if "cache_batch_idx" in call else b
+        first = int(call["cache_leftpad"][b]) if "cache_leftpad" in call else 0
+        seqlen_k = old + count - first
+        seen = reference.mask(int(seqlens_q[b]), seqlen_k, causal, window_size, attention_chunk)
+        at = torch.cat((first + seen.any(0).nonzero()[:, 0], torch.arange(old, old + count)))
+        needed[entry, at // page_size] = True
+    call["page_table"][~needed] = -7
 
 
 def poison(cache: Tensor, owned: Tensor) -> Tensor:

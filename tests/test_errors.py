@@ -67,7 +67,7 @@ class TestMessages(TestCase):
             "softcap": dense(softcap=-1.0),
             "attention_chunk": dense(attention_chunk=-2),
             "window_size": dense(window_size=(1, 2, 3)),
-            "num_splits": dense(num_splits=-1),
+            "num_splits": dense(num_splits=-2),
             "alibi_slopes": dense(alibi_slopes=torch.zeros(3)),
             "alibi_slopes per batch": dense(alibi_slopes=torch.zeros(3, 4)),
             "sinks": dense(sinks=torch.zeros(2)),
@@ -86,7 +86,7 @@ dtype of k: k must have dtype torch.float32 like q, got torch.float16
 dtype of qv: qv must have dtype torch.float32 like q, got torch.float16
 dtype of alibi_slopes: alibi_slopes must have dtype torch.float32, got torch.float16
 dtype of sinks: sinks must have a floating-point dtype, got torch.int32
-rank: q must have shape (batch_size, seqlen_q, nheads, headdim), got (3, 4, 16)
+rank: q must have shape (batch_size, seqlen_q, nheads, headdim), got (3, 4, 16) without cu_seqlens_q
 batch: k must have shape (2, seqlen_k, nheads_k, 16), got (3, 5, 2, 16)
 headdim: k must have shape (2, seqlen_k, nheads_k, 16), got (2, 5, 2, 8)
 v: v must have shape (2, 5, 2, headdim_v), got (2, 4, 2, 16)
@@ -104,7 +104,7 @@ NaN scale: softmax_scale must be finite, got nan
 softcap: softcap must be finite and at least 0, got -1.0
 attention_chunk: attention_chunk must be at least 0, got -2
 window_size: window_size must be (left, right), got (1, 2, 3)
-num_splits: num_splits must be at least 0 (0: chosen for you), got -1
+num_splits: num_splits must be at least 0 (0: chosen for you) or -1 (no split), got -2
 alibi_slopes: alibi_slopes must have shape (4,), got (3,)
 alibi_slopes per batch: alibi_slopes must have shape (2, 4), got (3, 4)
 sinks: sinks must have shape (4,), got (2,)
@@ -144,8 +144,8 @@ dtype of cu_seqlens: cu_seqlens_q must have dtype torch.int32, got torch.int64
 dtype of seqused_k: seqused_k must have dtype torch.int32, got torch.int64
 no max_seqlen_q: max_seqlen_q must be given with cu_seqlens_q, got None
 no max_seqlen_k: max_seqlen_k must be given with cu_seqlens_k, got None
-rank: q must have shape (total_q, nheads, headdim), got (1, 7, 4, 16)
-rank of k: k must have shape (total_k, nheads_k, 16), got (9, 2, 16, 1)
+rank: q must have shape (total_q, nheads, headdim), got (1, 7, 4, 16) with cu_seqlens_q
+rank of k: k must have shape (total_k, nheads_k, 16), got (9, 2, 16, 1) with cu_seqlens_k
 headdim: k must have shape (total_k, nheads_k, 16), got (9, 2, 8)
 rank of v: v must have shape (9, 2, headdim_v), got (9, 2)
 v: v must have shape (9, 2, headdim_v), got (8, 2, 16)
@@ -195,7 +195,7 @@ negative length: cache_seqlens[0] must be in [0, 8], got -1
 int length: cache_seqlens[0] must be in [0, 8], got 9
 leftpad: cache_leftpad[1] must be in [0, 2], got 3
 pages of another headdim: k_cache must have shape (num_pages, page_size, nheads_k, 16), got (6, 4, 2, 8)
-rank of pages: k_cache must have shape (num_pages, page_size, nheads_k, 16), got (6, 8, 16)
+rank of pages: k_cache must have shape (num_pages, page_size, nheads_k, 16), got (6, 8, 16) with page_table
 v of other pages: v_cache must have shape (6, 4, 2, headdim_v), got (5, 4, 2, 16)
 batch of the cache: k_cache must have shape (2, seqlen_k, nheads_k, 16), got (3, 8, 2, 16)
 cache_batch_idx: cache_batch_idx[1] must be in [0, 2), got 2
@@ -257,7 +257,7 @@ table of another batch: page_table must have shape (2, max_num_pages_per_seq), g
 outgrown pages: cache_seqlens[1] must leave room for 3 new keys in a cache of 8, got 6
 one of two: rotary_cos and rotary_sin must be given together, got one of them
 rotary_dim: rotary_dim must be at most headdim, 16, got 32
-dtype of rotary_cos: rotary_cos must have dtype torch.float32 like q, got torch.float16
+dtype of rotary_cos: rotary_cos must have dtype torch.float32 like q, or torch.float32, got torch.float16
 too few positions: rotary_cos must reach position 7 of sequence 0, got 7 positions
 out: out must have shape (2, 3, 4, 16), got (2, 3, 4, 8)
 strided out: out must have a contiguous last dimension, got stride 2

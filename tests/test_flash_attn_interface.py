@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from expecttest import TestCase
 from sample_inputs import ints, rand, rotary
 from torch._C import parse_schema
 
@@ -269,19 +272,62 @@ def test_get_scheduler_metadata() -> None:
     assert want.tolist() != [1, 1]
 
 
-class TestRefusals(TestCase):
-    def test_fwd(self) -> None:
-        q, cache, used = rand(2, 1, 4, 16), rand(2, 8, 2, 16), ints(3, 4)
-        messages = []
-        for change in ({"cu_seqlens_k": ints(0, 3, 7)}, {"seqused_q": ints(1, 1)}):
-            with pytest.raises(ValueError, match="must") as caught:
-                torch.ops.flash_attn_3.fwd(
-                    q, cache, cache, seqused_k=used, leftpad_k=ints(0, 1), **change
-                )
-            messages.append(str(caught.value))
-        self.assertExpectedInline(
-            "\n".join(messages),
-            """\
-cu_seqlens_k must be None with k_new, rotary_cos, kv_batch_idx or leftpad_k, got shape (3,)
-seqused_q must be None with k_new, rotary_cos, kv_batch_idx or leftpad_k, got shape (2,)""",
+def test_seqused_q_beside_an_append() -> None:
+    q, used, rows = rand(2, 3, 4, 16), ints(3, 4), ints(2, 0)
+    new, cache = rand(2, 3, 2, 16), rand(2, 8, 2, 16)
+    first, second = cache.clone(), cache.clone()
+    got, lse, *_ = torch.ops.flash_attn_3.fwd(
+        *(q, first, first.clone(), new, new), seqused_q=rows, seqused_k=used, is_causal=True
+    )
+    want = fa3_ops.flash_attn_with_kvcache(
+        *(q, second, second.clone(), new, new),
+        cache_seqlens=used,
+        seqused_q=rows,
+        causal=True,
+        return_softmax_lse=True,
+    )
+    assert torch.equal(got, want[0])
+    assert torch.equal(lse, want[1])
+    assert torch.equal(first, second)
+
+
+def test_fwd_refuses_packed_keys_beside_an_append() -> None:
+    q, cache, used = rand(2, 1, 4, 16), rand(2, 8, 2, 16), ints(3, 4)
+    text = re.escape("cu_seqlens_k must be None with k_new, rotary_cos, kv_batch_idx or leftpad_k,")
+    with pytest.raises(ValueError, match=text):
+        torch.ops.flash_attn_3.fwd(
+            *(q, cache, cache), seqused_k=used, leftpad_k=ints(0, 1), cu_seqlens_k=ints(0, 3, 7)
         )
+
+
+FINDS = """
+import importlib.metadata
+from importlib.util import find_spec
+
+assert find_spec("flash_attn_3") and find_spec("flash_attn_interface")
+assert importlib.metadata.version("flash-attn-3") == "3.0.0"
+owners = importlib.metadata.packages_distributions()
+assert owners["flash_attn_3"] == owners["flash_attn_interface"] == ["flash_attn_3"]
+
+import flash_attn_3._C
+import torch
+from flash_attn_3 import flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn_3.flash_attn_interface import flash_attn_func
+from flash_attn_interface import flash_attn_func as same
+
+assert flash_attn_func is same
+assert flash_attn_3.__version__ == "3.0.0"
+assert torch.ops.flash_attn_3.fwd
+"""
+
+
+def test_what_others_look_for_is_found_once_installed(tmp_path: Path) -> None:
+    """transformers asks for the distribution, diffusers and vLLM for the modules."""
+    source, target = tmp_path / "source", tmp_path / "installed"
+    shutil.copytree(FOLDER, source, ignore=shutil.ignore_patterns("__pycache__"))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps"]
+    subprocess.run([*pip, "--target", str(target), str(source)], check=True)
+    paths = os.pathsep.join((str(target), str(Path(fa3_ops.__file__).parents[1])))
+    subprocess.run(
+        [sys.executable, "-c", FINDS], check=True, env=os.environ | {"PYTHONPATH": paths}
+    )

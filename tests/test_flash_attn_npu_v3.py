@@ -154,8 +154,8 @@ def test_q_that_is_not_sliced(v3: ModuleType) -> None:
 
 
 def test_max_seqlen_q(v3: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel gets the longest sequence of q, whatever upper bound came; one that is none is an
-    error; with scheduler_metadata nobody looks."""
+    """The kernel gets the longest sequence of q, whatever came; with scheduler_metadata nobody
+    looks."""
     batch = Batch([1, 1, 20, 7], [33, 64, 20, 7], 2)
     got: list[int] = []
     kernel = fa3_ops.flash_attn_with_kvcache
@@ -174,8 +174,15 @@ def test_max_seqlen_q(v3: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         v3, slice(2, None), slice(2, None), True, scheduler_metadata=metadata, max_seqlen_q=64
     )
     assert got[3] == 64
-    with pytest.raises(ValueError, match="max_seqlen_q must be at least the longest sequence, 20"):
-        batch.call(v3, slice(2, None), slice(2, None), True, max_seqlen_q=19)
+    batch.call(v3, slice(2, None), slice(2, None), True, max_seqlen_q=19)
+    assert got[4] == 20
+
+
+def test_a_first_prefill_beside_a_dummy_of_more_rows(v3: ModuleType) -> None:
+    """vLLM-Ascend pads a batch by one request and takes max_seqlen_q from the real ones."""
+    batch = Batch([2, 6], [2, 6], 2)
+    out = batch.call(v3, slice(None), slice(None), True, max_seqlen_q=2)
+    assert torch.equal(out, batch.call(v3, slice(None), slice(None), True, max_seqlen_q=6))
 
 
 def test_softmax_lse_is_token_major(v3: ModuleType) -> None:

@@ -303,8 +303,8 @@ seqused is not supported by fa3_ops.v4, got Tensor""",
         self.assertExpectedInline(
             "\n".join(messages),
             """\
-window_size must hold None or numbers from 0 on, got (5, -1)
-window_size must hold None or numbers from 0 on, got (None, -1)
-window_size must hold None or numbers from 0 on, got (-1, None)
-out_partial must have shape (num_splits, total_q, nheads, headdim), got (2, 1, 3, 2, 16)""",
+window_size must hold None or numbers from 0 on, because a window that does not touch the diagonal is not served, got (5, -1)
+window_size must hold None or numbers from 0 on, because a window that does not touch the diagonal is not served, got (None, -1)
+window_size must hold None or numbers from 0 on, because a window that does not touch the diagonal is not served, got (-1, None)
+out_partial must have shape (num_splits, total_q, nheads, headdim), got (2, 1, 3, 2, 16) with cu_seqlens""",
         )

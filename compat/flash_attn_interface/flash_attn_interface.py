@@ -122,12 +122,11 @@ def _fwd(
     window_size = (window_size_left, window_size_right)
     cached = (k_new, v_new, cu_seqlens_k_new, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin)
     if any(argument is not None for argument in cached):
-        for name, argument in (("cu_seqlens_k", cu_seqlens_k), ("seqused_q", seqused_q)):
-            if argument is not None:
-                raise ValueError(
-                    f"{name} must be None with k_new, rotary_cos, kv_batch_idx or leftpad_k, "
-                    f"got shape {tuple(argument.shape)}"
-                )
+        if cu_seqlens_k is not None:
+            raise ValueError(
+                "cu_seqlens_k must be None with k_new, rotary_cos, kv_batch_idx or leftpad_k, "
+                f"got shape {tuple(cu_seqlens_k.shape)}"
+            )
         result = fa3_ops.flash_attn_with_kvcache(
             q,
             k,
@@ -160,6 +159,7 @@ def _fwd(
             sm_margin,
             return_softmax_lse=True,
             out=out,
+            seqused_q=seqused_q,
         )
     else:
         result = fa3_ops.flash_attn_varlen_func(

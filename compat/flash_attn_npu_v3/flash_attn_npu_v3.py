@@ -54,14 +54,10 @@ def _check_rows(q: Tensor, offsets: list[int]) -> None:
         )
 
 
-def _longest(offsets: list[int], max_seqlen_q: int) -> int:
-    """The longest sequence of q: callers pass the longest of k, which costs a kernel time."""
-    longest = max((end - begin for begin, end in pairwise(offsets)), default=0)
-    if longest > max_seqlen_q:
-        raise ValueError(
-            f"max_seqlen_q must be at least the longest sequence, {longest}, got {max_seqlen_q}"
-        )
-    return longest
+def _longest(offsets: list[int]) -> int:
+    """The longest sequence of q. Callers pass the longest of k, which costs a kernel time, or a
+    bound that leaves out the rows of a dummy request."""
+    return max((end - begin for begin, end in pairwise(offsets)), default=0)
 
 
 def _check_page_table(page_table: Tensor, batch_size: int) -> None:
@@ -111,7 +107,7 @@ def flash_attn_with_kvcache(
         q: packed, (total_q, nheads, headdim): the rows from cu_seqlens_q[0] to cu_seqlens_q[-1] of
             a batch.
         cu_seqlens_q: (batch_size + 1,) int32, any slice of query_start_loc.
-        max_seqlen_q: int, or a tensor with one element; any upper bound.
+        max_seqlen_q: int, or a tensor with one element; made what the offsets need.
         page_table: exactly one row for each sequence.
 
     Returns:
@@ -119,9 +115,9 @@ def flash_attn_with_kvcache(
         two empty. softmax_lse is (total_q, nheads) or (batch_size, seqlen_q, nheads) float32; -inf
         where a row sees no key.
 
-    Raises ValueError for a page_table with another number of rows, a q that is not cut like
-    cu_seqlens_q, and a max_seqlen_q below the longest sequence; the last two are not looked for
-    while a graph is captured, nor where scheduler_metadata promises that nothing waits.
+    Raises ValueError for a page_table with another number of rows and a q that is not cut like
+    cu_seqlens_q. The offsets are not looked at while a graph is captured, nor where
+    scheduler_metadata promises that nothing waits: max_seqlen_q is an upper bound there.
     """
     if page_table is not None and cache_batch_idx is None:
         _check_page_table(
@@ -133,7 +129,7 @@ def flash_attn_with_kvcache(
         offsets = None if scheduler_metadata is not None else _host(cu_seqlens_q)
         if offsets and max_seqlen_q is not None:
             _check_rows(q, offsets)
-            max_seqlen_q = _longest(offsets, max_seqlen_q)
+            max_seqlen_q = _longest(offsets)
             if max_seqlen_q > 1 and page_table is not None and not causal:
                 warnings.warn(
                     f"causal=False with up to {max_seqlen_q} rows of q a sequence: each sees all "

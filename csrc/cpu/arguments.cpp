@@ -134,17 +134,20 @@ Cache::Cache(const Tensor& k_cache, const MaybeTensor& page_table,
             batch_size, " rows, one for each sequence, got ", entries);
 }
 
-void Cache::resolve(int64_t b, int64_t length, Sequence& s) const {
+void Cache::resolve(int64_t b, Sequence& s) const {
   const int64_t entry = batch_idx ? batch_idx[b] : b;
   const int64_t entries = page_size ? table_rows : dense_batch;
   FA3_CHECK(entry >= 0 && entry < entries, "cache_batch_idx[", b, "] must be in [0, ", entries,
             "), got ", entry);
   s.k_batch = entry;
-  if (page_size == 0) return;
-  s.pages = table + entry * table_stride;
-  for (int64_t i = 0; i * page_size < length; ++i)
-    FA3_CHECK(s.pages[i] >= 0 && s.pages[i] < num_pages, "page_table[", entry, ", ", i,
-              "] must be in [0, ", num_pages, "), got ", s.pages[i]);
+  if (page_size) s.pages = table + entry * table_stride;
+}
+
+void Cache::check_pages(const Sequence& s, int64_t begin, int64_t end) const {
+  if (page_size == 0 || begin >= end) return;
+  for (int64_t i = begin / page_size; i * page_size < end; ++i)
+    FA3_CHECK(is_page(s.pages[i]), "page_table[", s.k_batch, ", ", i, "] must be in [0, ",
+              num_pages, "), got ", s.pages[i]);
 }
 
 Tensor contiguous_rows(const Tensor& t) {
@@ -171,6 +174,7 @@ AttentionCall::AttentionCall(const AttentionArguments& args)
   attention.k = rows_of(k_);
   attention.v = rows_of(v_);
   set_heads();
+  set_masks(args);
   set_sequences(args);
   set_scores(args);
 }
@@ -225,18 +229,44 @@ void AttentionCall::set_sequences(const AttentionArguments& args) {
     s.k_len = seqused_k ? seqused_k[b] : capacity;
     FA3_CHECK(s.k_len >= 0 && s.k_len <= capacity, args.seqused_k_name, "[", b, "] must be in [0, ",
               capacity, "], got ", s.k_len);
-    if (cache) cache->resolve(b, s.k_len, s);
+    if (cache) cache->resolve(b, s);
     if (leftpad) {
       FA3_CHECK(leftpad[b] >= 0 && leftpad[b] <= s.k_len, "cache_leftpad[", b, "] must be in [0, ",
                 s.k_len, "], got ", leftpad[b]);
       s.k_begin += leftpad[b];
       s.k_len -= leftpad[b];
     }
+    if (s.pages) check_pages(*cache, s);
     sequences_.push_back(s);
   }
   attention.batch_size = batch;
   attention.sequences = sequences_.data();
   attention.page_size = cache ? cache->page_size : 0;
+}
+
+void AttentionCall::check_pages(const Cache& cache, Sequence& s) {
+  if (s.q_len == 0) return;
+  const int64_t begin = s.k_begin + attention.visible(s, 0).begin;
+  const int64_t end = s.k_begin + attention.visible(s, s.q_len - 1).end;
+  cache.check_pages(s, begin, end);
+  if (begin >= end) return;
+  const int32_t seen = s.pages[begin / cache.page_size];
+  const auto hidden = [&](int32_t id) { return !cache.is_page(id); };
+  const int32_t* last = s.pages + (s.k_begin + s.k_len + cache.page_size - 1) / cache.page_size;
+  if (std::none_of(s.pages, last, hidden)) return;
+  tables_.emplace_back(s.pages, last);
+  std::replace_if(tables_.back().begin(), tables_.back().end(), hidden, seen);
+  s.pages = tables_.back().data();
+}
+
+void AttentionCall::set_masks(const AttentionArguments& args) {
+  FA3_CHECK(args.attention_chunk >= 0, "attention_chunk must be at least 0, got ",
+            args.attention_chunk);
+  FA3_CHECK(args.window_size.size() == 2, "window_size must be (left, right)");
+  constexpr int64_t kFar = int64_t(1) << 40;  // beyond any length; sums of it do not overflow
+  attention.window_left = std::min(args.window_size[0], kFar);
+  attention.window_right = args.causal ? 0 : std::min(args.window_size[1], kFar);
+  attention.attention_chunk = std::min(args.attention_chunk, kFar);
 }
 
 void AttentionCall::set_scores(const AttentionArguments& args) {
@@ -277,14 +307,7 @@ void AttentionCall::set_scores(const AttentionArguments& args) {
   FA3_CHECK(std::isfinite(a.softmax_scale), "softmax_scale must be finite, got ", a.softmax_scale);
   FA3_CHECK(std::isfinite(args.softcap) && args.softcap >= 0,
             "softcap must be finite and at least 0, got ", args.softcap);
-  FA3_CHECK(args.attention_chunk >= 0, "attention_chunk must be at least 0, got ",
-            args.attention_chunk);
-  FA3_CHECK(args.window_size.size() == 2, "window_size must be (left, right)");
-  constexpr int64_t kFar = int64_t(1) << 40;  // beyond any length; sums of it do not overflow
   a.softcap = args.softcap;
-  a.window_left = std::min(args.window_size[0], kFar);
-  a.window_right = args.causal ? 0 : std::min(args.window_size[1], kFar);
-  a.attention_chunk = std::min(args.attention_chunk, kFar);
 }
 
 std::vector<int64_t> AttentionCall::shape_like_q(int64_t width) const {

@@ -53,9 +53,11 @@ struct Cache {
   Cache(const Tensor& k_cache, const MaybeTensor& page_table, const MaybeTensor& cache_batch_idx,
         int64_t batch_size);
   int64_t capacity() const { return page_size ? pages_per_row * page_size : dense_capacity; }
-  // Fills k_batch or pages; checks the batch index and the ids of the pages that hold
-  // [0, length).
-  void resolve(int64_t b, int64_t length, Sequence& s) const;
+  bool is_page(int32_t id) const { return id >= 0 && id < num_pages; }
+  // Fills k_batch and pages; checks the batch index.
+  void resolve(int64_t b, Sequence& s) const;
+  // Checks the ids of the pages that hold the keys [begin, end).
+  void check_pages(const Sequence& s, int64_t begin, int64_t end) const;
 };
 
 struct AttentionArguments {
@@ -85,8 +87,12 @@ class AttentionCall {
 
  private:
   void set_heads();
+  void set_masks(const AttentionArguments& args);
   void set_sequences(const AttentionArguments& args);  // lengths, pages
-  void set_scores(const AttentionArguments& args);     // scale, masks, biases
+  // Pages that no row sees may have any id. A kernel, which loads whole blocks, then gets another
+  // table, in which they are a page that some row sees.
+  void check_pages(const Cache& cache, Sequence& s);
+  void set_scores(const AttentionArguments& args);  // scale, biases
   std::vector<int64_t> shape_like_q(int64_t width) const;
   std::vector<int64_t> lse_shape() const;
   Scalars lse_view(const Tensor& lse) const;
@@ -97,6 +103,7 @@ class AttentionCall {
   std::vector<Sequence> sequences_;
   std::vector<Tensor> inputs_;  // what the kernel reads while it writes
   std::vector<Tensor> kept_;
+  std::vector<std::vector<int32_t>> tables_;
 };
 
 // A new contiguous CPU tensor; torch::stable::new_empty looks its operator up by name each time.

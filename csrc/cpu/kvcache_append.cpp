@@ -70,7 +70,8 @@ void kvcache_append_(Tensor k_, Tensor v_, Tensor k_cache, Tensor v_cache, Tenso
     FA3_CHECK(length + count <= cache.capacity(), "cache_seqlens[", b, "] must leave room for ",
               count, " new keys in a cache of ", cache.capacity(), ", got ", length);
     Sequence s{};
-    cache.resolve(b, length + count, s);
+    cache.resolve(b, s);
+    cache.check_pages(s, length, length + count);
     const int64_t first_position = rotary_seqlens ? rotary_seqlens[b] : length;
     if (rotary) rotary->check(first_position, count, b);
     for (int64_t i = 0; i < count; ++i) {

@@ -46,8 +46,12 @@ Rotary::Rotary(const Tensor& rotary_cos, const Tensor& rotary_sin, ScalarType dt
             shape_of(rotary_cos));
   FA3_CHECK(shape_of(rotary_sin) == shape_of(rotary_cos), "rotary_sin must have the shape of ",
             "rotary_cos, ", shape_of(rotary_cos), ", got ", shape_of(rotary_sin));
-  FA3_CHECK(rotary_cos.scalar_type() == dtype && rotary_sin.scalar_type() == dtype,
-            "rotary_cos and rotary_sin must have the dtype of q");
+  FA3_CHECK(rotary_cos.scalar_type() == dtype || rotary_cos.scalar_type() == ScalarType::Float,
+            "rotary_cos must have the dtype of q or float32, got ",
+            torch::headeronly::toString(rotary_cos.scalar_type()));
+  FA3_CHECK(rotary_sin.scalar_type() == rotary_cos.scalar_type(),
+            "rotary_sin must have the dtype of rotary_cos, got ",
+            torch::headeronly::toString(rotary_sin.scalar_type()));
   dim = rotary_cos.size(1) * 2;
   FA3_CHECK(dim <= headdim, "rotary_dim must be at most headdim, ", headdim, ", got ", dim);
   FA3_CHECK((rotary_cos.stride(1) == 1 && rotary_sin.stride(1) == 1) || dim <= 2,
@@ -75,18 +79,23 @@ void Rotary::rotate(const char* from_, char* to_, ScalarType dtype, int64_t head
   with_type(dtype, [&](auto x) {
     using T = decltype(x);
     using W = typename Wider<T>::type;
-    const T* from = reinterpret_cast<const T*>(from_);
-    T* to = reinterpret_cast<T*>(to_);
-    const T* c = reinterpret_cast<const T*>(cos.at(0, position, 0));
-    const T* s = reinterpret_cast<const T*>(sin.at(0, position, 0));
-    const int64_t half = dim / 2, step = interleaved ? 2 : 1, partner = interleaved ? 1 : half;
-    for (int64_t i = 0; i < half; ++i) {
-      const W a = static_cast<W>(from[i * step]), b = static_cast<W>(from[i * step + partner]);
-      const W cos_i = static_cast<W>(c[i]), sin_i = static_cast<W>(s[i]);
-      to[i * step] = static_cast<T>(a * cos_i - b * sin_i);
-      to[i * step + partner] = static_cast<T>(a * sin_i + b * cos_i);
-    }
-    std::memcpy(to + dim, from + dim, (headdim - dim) * sizeof(T));
+    const auto turn = [&](auto table) {
+      using C = decltype(table);
+      const T* from = reinterpret_cast<const T*>(from_);
+      T* to = reinterpret_cast<T*>(to_);
+      const C* c = reinterpret_cast<const C*>(cos.at(0, position, 0));
+      const C* s = reinterpret_cast<const C*>(sin.at(0, position, 0));
+      const int64_t half = dim / 2, step = interleaved ? 2 : 1, partner = interleaved ? 1 : half;
+      for (int64_t i = 0; i < half; ++i) {
+        const W a = static_cast<W>(from[i * step]), b = static_cast<W>(from[i * step + partner]);
+        const W cos_i = static_cast<W>(c[i]), sin_i = static_cast<W>(s[i]);
+        to[i * step] = static_cast<T>(a * cos_i - b * sin_i);
+        to[i * step + partner] = static_cast<T>(a * sin_i + b * cos_i);
+      }
+      std::memcpy(to + dim, from + dim, (headdim - dim) * sizeof(T));
+    };
+    if (cos.dtype == ScalarType::Float) return turn(float());
+    turn(x);
   });
 }
 

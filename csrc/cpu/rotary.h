@@ -7,7 +7,7 @@
 namespace fa3npu {
 
 struct Rotary {
-  Rows cos, sin;  // (seqlen_ro, rotary_dim / 2), the dtype of what they rotate
+  Rows cos, sin;  // (seqlen_ro, rotary_dim / 2), the dtype of what they rotate or float32
   int64_t positions = 0, dim = 0;
   bool interleaved = true;
 

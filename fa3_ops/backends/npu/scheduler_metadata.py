@@ -1,5 +1,5 @@
-"""get_scheduler_metadata on NPU: what the kernel computes from lengths on the host, as a tensor on
-the device, so that a call that has it waits for nothing and can be captured."""
+"""get_scheduler_metadata on NPU: what the kernel would compute from lengths on the host, as a
+tensor on the device, so that a call that has it waits for nothing and can be captured."""
 
 from __future__ import annotations
 
@@ -64,10 +64,11 @@ def get_scheduler_metadata(
     softcap: float = 0.0,
     softmax_scale: float | None = None,
 ) -> Tensor:
-    """The kernel's bytes and what they were made for. Waits for the device."""
+    """The kernel's bytes and what they were made for. Waits for nothing but the first mask. The
+    kernel makes them on a stream of its own, which no capture on hardware is known to record."""
     if device.capturing(cache_seqlens.device):
         raise RuntimeError(
-            "fa3npu: get_scheduler_metadata waits for the device and cannot be captured: call it "
+            "fa3npu: get_scheduler_metadata uses a second stream and cannot be captured: call it "
             "before each replay and copy its result into the tensor that the captured call got"
         )
     if has_softcap and softcap == 0.0:

@@ -13,7 +13,8 @@ neither forward mode nor torch.func.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -29,11 +30,22 @@ def name_of(op: Any) -> str:
     return str(op._schema.name.removeprefix("fa3npu::"))
 
 
+def requires_grad(*arguments: object, **keywords: object) -> bool:
+    """Whether a call with these arguments is recorded for a backward."""
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments, **keywords)
+
+
 def is_watched(*arguments: object, **keywords: object) -> bool:
     """Whether somebody may differentiate a call with these arguments, in either mode."""
-    return forward_ad._current_level >= 0 or (
-        torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments, **keywords)
-    )
+    return forward_ad._current_level >= 0 or requires_grad(*arguments, **keywords)
+
+
+def refuse_forward_mode(name: str, arguments: Iterable[object]) -> None:
+    if forward_ad._current_level < 0:
+        return
+    for x in arguments:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"fa3_ops: {name} has no forward-mode derivative")
 
 
 def below_autograd(op: Any, keyset: Any, *args: Any, **kwargs: Any) -> Any:
@@ -47,14 +59,22 @@ class Recorded(torch.autograd.Function):
     name: str
 
     @classmethod
-    def record(cls, keyset: Any, *args: Any) -> Any:
+    def record(cls, run: Any, *args: Any) -> Any:
         """apply, for one level of torch.func's transforms: what reaches the Autograd key are the
         tensors of that level, and Function.apply would start the transform once more."""
         apply = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
         if not torch._C._are_functorch_transforms_active():
-            return apply(keyset, *args)
+            return apply(run, *args)
+        grad_mode = torch.is_grad_enabled()
+
+        def run_for_outer_levels(*args: Any) -> Any:
+            """A Function's forward runs without either mode; the levels around this one have
+            theirs."""
+            with torch.set_grad_enabled(grad_mode), forward_ad._set_fwd_grad_enabled(True):
+                return run(*args)
+
         with enable_single_level_autograd_function():
-            return apply(keyset, *args)
+            return apply(run_for_outer_levels, *args)
 
     @classmethod
     def jvp(cls, ctx: Any, *tangents: Tensor | None) -> NoReturn:
@@ -66,9 +86,8 @@ def register(op: Any, node: type[Recorded]) -> None:
     node.name = name_of(op)
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        if is_watched(*args):
-            return node.record(keyset, *args)
-        return below_autograd(op, keyset, *args)
+        run = partial(below_autograd, op, keyset)
+        return node.record(run, *args) if is_watched(*args) else run(*args)
 
     _library.impl(node.name, kernel, "Autograd", with_keyset=True)
 
@@ -83,14 +102,14 @@ def _raise(gradient: Tensor, size: Sequence[int], dtype: torch.dtype, of: str) -
 _library.impl("no_gradient", _raise, "CompositeExplicitAutograd")
 
 
-def without_gradient(op: Any, of: str) -> type[Recorded]:
+def without_gradient(of: str) -> type[Recorded]:
     """A node whose backward refuses."""
 
     class NoGradient(Recorded):
         @staticmethod
-        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+        def forward(ctx: Any, run: Any, *args: Any) -> Any:
             ctx.inputs = [(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in args]
-            return below_autograd(op, keyset, *args)
+            return run(*args)
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -129,6 +148,8 @@ class Unconnected(torch.autograd.Function):
 
 def severed(of: str, q: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The tensors without their history, and q with a refusal in its place."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(f"fa3_ops: {of} has no backward")
     q = Unconnected.apply(of, q, *others)  # type: ignore[no-untyped-call]
     return q, *(None if x is None else x.detach() for x in others)
 
@@ -163,8 +184,8 @@ def differentiable(op: Any, backward_op: Any) -> type[Recorded]:
 
     class Gradient(Recorded):
         @staticmethod
-        def forward(ctx: Any, keyset: Any, *args: Any) -> tuple[Tensor, Tensor]:
-            output: tuple[Tensor, Tensor] = below_autograd(op, keyset, *args)
+        def forward(ctx: Any, run: Any, *args: Any) -> tuple[Tensor, Tensor]:
+            output: tuple[Tensor, Tensor] = run(*args)
             # The dispatcher leaves out the last arguments that have their defaults.
             given = defaults | dict(zip(names, args, strict=False))
             ctx.inputs = [(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in args]
@@ -215,10 +236,10 @@ for _op, _backward in (
     (ops.flash_attn_varlen_func.default, ops.flash_attn_varlen_func_backward.default),
 ):
     register(_op, differentiable(_op, _backward))
-    register(_backward, without_gradient(_backward, f"the backward of {name_of(_op)}"))
+    register(_backward, without_gradient(f"the backward of {name_of(_op)}"))
 for _op in (
     ops.flash_attn_kvcache.default,
     ops.apply_rotary.default,
     ops.flash_attn_combine.default,
 ):
-    register(_op, without_gradient(_op, name_of(_op)))
+    register(_op, without_gradient(name_of(_op)))

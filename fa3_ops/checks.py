@@ -277,7 +277,7 @@ def attention(
         dtype(out, torch.bfloat16 if fp8 else q_dtype, "out")
         contiguous_rows(out, "out")
         same_device(q, {"out": out})
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, out)):
             raise ValueError("out must be None where a gradient is needed, got a tensor")
     softmax(softmax_scale, window_size, attention_chunk, softcap)
     if num_splits < -1:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fa3_ops import checks
-from fa3_ops.autograd import is_watched, severed
+from fa3_ops.autograd import refuse_forward_mode, requires_grad, severed
 from fa3_ops.errors import as_value_errors
 
 ops = torch.ops.fa3npu
@@ -111,7 +111,7 @@ def _append(
             window_size=window_size,
             attention_chunk=attention_chunk,
         )
-        if is_watched(k, v, rotary_cos, rotary_sin):
+        if requires_grad(k, v, rotary_cos, rotary_sin):
             q, k, v, rotary_cos, rotary_sin = severed(
                 "flash_attn_with_kvcache", q, k, v, rotary_cos, rotary_sin
             )
@@ -172,11 +172,13 @@ def _append(
 
 
 def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    refuse_forward_mode("flash_attn_with_kvcache", (*args, *kwargs.values()))
     out, softmax_lse = ops.flash_attn_kvcache.default(*_append(*args, **kwargs))
     return out, softmax_lse
 
 
 def flash_attn_with_kvcache_out(*args: Any, out: Tensor, **kwargs: Any) -> Tensor:
+    refuse_forward_mode("flash_attn_with_kvcache", (*args, *kwargs.values(), out))
     arguments = _append(*args, **(kwargs | {"out": out}))
     softmax_lse: Tensor = ops.flash_attn_kvcache.out(*arguments, out=out)
     return softmax_lse
@@ -187,4 +189,5 @@ for _name, _body in (
     ("flash_attn_with_kvcache", flash_attn_with_kvcache),
     ("flash_attn_with_kvcache.out", flash_attn_with_kvcache_out),
 ):
-    _library.impl(_name, as_value_errors(_body), "CompositeImplicitAutograd")
+    for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
+        _library.impl(_name, as_value_errors(_body), _key)

@@ -37,10 +37,13 @@ def _fold(op: Any, info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, 
 
 
 def _loop(op: Any, info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> Any:
-    results = [
-        op(*(x if dim is None else x.select(dim, i) for dim, x in zip(in_dims, args, strict=True)))
-        for i in range(info.batch_size)
-    ]
+    def entry(i: int) -> Any:
+        return [
+            x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
+            for dim, x in zip(in_dims, args, strict=True)
+        ]
+
+    results = [op(*entry(i)) for i in range(info.batch_size)]
     if results[0] is None:
         return None, None
     if isinstance(results[0], Tensor):

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fa3_ops.autograd import below_autograd, is_watched, name_of
+from fa3_ops.autograd import below_autograd, is_watched, name_of, refuse_forward_mode
 
 ops = torch.ops.fa3npu
 _library = torch.library.Library("fa3npu", "IMPL")
@@ -30,10 +29,7 @@ def _refuse_leaf(x: Tensor, argument: str) -> None:
 
 def _refuse_derivatives(op: Any, tensors: dict[str, Tensor]) -> None:
     name = name_of(op)
-    if forward_ad._current_level >= 0:
-        for x in tensors.values():
-            if forward_ad.unpack_dual(x).tangent is not None:
-                raise NotImplementedError(f"fa3_ops: {name} has no forward-mode derivative")
+    refuse_forward_mode(name, tensors.values())
     if not torch.is_grad_enabled():
         return
     for argument in op._schema.arguments:

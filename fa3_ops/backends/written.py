@@ -1,0 +1,38 @@
+"""What a kernel in Python does for the tensors that it writes; csrc/cpu/written.h is its sibling."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_distinct_elements(t: Tensor, name: str) -> None:
+    """An element has a place of its own: no broadcast dimension, no strides that meet."""
+    reach = 0  # from the first to the last element of the dimensions before
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size <= 1:
+            continue
+        if stride <= reach:
+            raise RuntimeError(
+                f"fa3npu: {name} must have a place for every element, got elements that share one: "
+                f"shape {tuple(t.shape)}, a stride of {stride}"
+            )
+        reach += (size - 1) * stride
+
+
+def apart(t: Tensor, *written: Tensor) -> Tensor:
+    """t, or a copy where it may share memory with what is written."""
+    storage = t.untyped_storage().data_ptr()
+    shares = any(x.untyped_storage().data_ptr() == storage for x in written)
+    return t.clone() if shares else t
+
+
+def mark_written(*written: Tensor) -> None:
+    """Raises the versions that autograd compares. Before the write: an inference tensor is refused
+    outside of inference mode."""
+    for t in written:
+        if t.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "fa3_ops: Inplace update to inference tensor outside InferenceMode is not allowed"
+            )
+    torch.autograd.graph.increment_version(written)

@@ -1,4 +1,4 @@
-"""What a kernel in Python does for the tensors that it writes; csrc/cpu/written.h is its sibling."""
+"""What a Python kernel does for the tensors that it writes; as csrc/cpu/written.h."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def _host(cu_seqlens_q: Tensor) -> list[int] | None:
     """The values, or None where the host must not wait for them."""
     if torch.compiler.is_compiling():
         return None
-    if cu_seqlens_q.device.type == "npu" and capturing():
+    if cu_seqlens_q.device.type == "npu" and capturing(cu_seqlens_q.device):
         return None
     return cu_seqlens_q.tolist()
 

@@ -878,6 +878,7 @@ ERRORS: dict[str, tuple[Callable[[], Callable[[], Any]], str]] = {
             {"dtype": torch.bfloat16, "headdim": 192, "nheads": 2, "causal": False},
             "packed q without a causal mask: CANN 8.2 or unknown has no band",
         ),
+        ((8, 3), {"qv": rand(4, 4, 512)}, "qv: CANN 8.3 takes it with some masks only"),
         ((8, 3), {"dtype": torch.bfloat16}, "page_size 128 .* it takes no pages of packed q"),
         ((9, 0), {"headdim": 192, "causal": False}, "without a causal mask: headdim_v must be 128"),
     ],

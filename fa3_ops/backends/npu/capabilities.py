@@ -95,6 +95,7 @@ class FusedLimits:
     page_sizes: range  # empty: no page table
     band: bool  # sparse_mode 4
     causal_of_few_keys: bool  # fewer than rows of q, under sparse_mode 3
+    latent: bool  # qv, with any mask, in any layout
     equal_heads: Collection[int] = ()  # numbers of heads, where nheads_k has to be nheads
 
 
@@ -105,6 +106,7 @@ CANN_8_2 = FusedLimits(  # branch 7.1.0
     page_sizes=range(0),
     band=False,
     causal_of_few_keys=False,
+    latent=False,
     equal_heads=(2, 4, 8, 16, 32, 64, 128),
 )
 CANN_8_3 = FusedLimits(  # branch 7.2.0
@@ -114,6 +116,7 @@ CANN_8_3 = FusedLimits(  # branch 7.2.0
     page_sizes=range(0),
     band=True,
     causal_of_few_keys=False,
+    latent=False,
 )
 CANN_8_5 = replace(  # branches 7.3.0 (CANN 8.5), 26.0.0 (9.0) and 26.1.0 (9.1)
     CANN_8_3,
@@ -121,6 +124,7 @@ CANN_8_5 = replace(  # branches 7.3.0 (CANN 8.5), 26.0.0 (9.0) and 26.1.0 (9.1)
     dtypes=(torch.float16, torch.bfloat16),
     page_sizes=range(16, 1025, 16),
     causal_of_few_keys=True,
+    latent=True,
 )
 
 

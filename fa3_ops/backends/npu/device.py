@@ -43,7 +43,9 @@ def capturing(at: torch.device) -> bool:
     """Whether the current stream of a device records a graph, so that the host must not wait."""
     import torch_npu
 
-    with torch_npu.npu.device(at):
+    if at.index == torch.accelerator.current_device_index():
+        return bool(torch_npu.npu.is_current_stream_capturing())
+    with torch_npu.npu.device(at):  # some microseconds
         return bool(torch_npu.npu.is_current_stream_capturing())
 
 

@@ -110,6 +110,8 @@ def check_sizes(a: SimpleNamespace) -> None:
     heads = f"nheads {a.nheads} and nheads_k {a.nheads_k}"
     equal = a.headdim == a.headdim_v and a.headdim % 16 == 0 and a.headdim <= MAX_HEADDIM
     if a.qv is not None:
+        if not fused_limits().latent:
+            refuse("qv", f"{fused_limits().name} takes it with some masks only")
         latent = (a.headdim, a.headdim_v, a.nheads_k) == (64, 512, 1)
         if not latent or a.nheads not in MLA_HEADS:
             can = "it takes 64, 512, a power of two up to 128, and 1"

@@ -18,7 +18,7 @@ from sample_inputs import rand, rotary
 from strategies import cumulative, poison
 from torch import Tensor
 
-from fa3_ops.backends.npu.fused_infer_attention import PACKED_HEADDIMS
+from fa3_ops.backends.npu.capabilities import fused_limits
 
 ops = torch.ops.fa3npu
 CAPACITY = 128  # keys of a sequence in a cache
@@ -51,7 +51,7 @@ def structures(draw: Any) -> Structure:
     window = draw(st.sampled_from([(-1, -1)] * 3 + [(3, 0), (0, -1), (40, 2), (-1, 1)]))
     as_packed = packed or (rows == 1 and window[0] >= 0)
     equal = st.sampled_from([16, 48, 64, 128]).map(lambda d: (d, d))
-    headdims = draw(st.sampled_from(sorted(PACKED_HEADDIMS)) if as_packed else equal)
+    headdims = draw(st.sampled_from(sorted(fused_limits().headdims)) if as_packed else equal)
     sizes = [0, 128] if rows > 1 and not packed else [0, 16, 64, 128]
     append = cached and draw(st.sampled_from([True, True, False]))
     rotates = append and draw(st.sampled_from([True, True, False]))

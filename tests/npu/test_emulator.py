@@ -893,7 +893,7 @@ def test_two_devices():
 @pytest.mark.parametrize("soc", ["Ascend910_9391", "Ascend950PR_9579", "Ascend310P3"])
 def test_the_soc_is_a_setting(soc):
     script = "import torch; print(torch.npu.get_device_name(0), (torch.ones(2).npu() + 1).tolist())"
-    done = run_python("-m", "cann_emulator", "-c", script, CANNEMU_SOC=soc)
+    done = run_python("-m", "cann_emulator", "-c", script, CANNEMU_SOC=soc, CANNEMU_DEVICES="1")
     assert done.stdout.strip() == f"{soc} [2.0, 2.0]"
     assert f"the npu is emulated (1 x {soc})" in done.stderr
 

@@ -11,17 +11,20 @@ import pytest
 import torch
 import torchair
 from ge_interpreter import COPIES, Interpreter
-from hypothesis import given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from npu_calls import assert_close, assert_lse, examples_of
 from sample_inputs import rand, rotary
 from strategies import cumulative, poison
 from torch import Tensor
 
-from fa3_ops.backends.npu.fused_infer_attention import PACKED_HEADDIMS
+from fa3_ops.backends.npu.capabilities import fused_limits
+from fa3_ops.backends.npu.fused_infer_attention import BAND_HEADDIM_V
 
 ops = torch.ops.fa3npu
 CAPACITY = 128  # keys of a sequence in a cache
+# Every example compiles, so a failing one stays as it was found.
+examples = settings(examples_of(8), phases=[p for p in Phase if p is not Phase.shrink])
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,16 @@ def structures(draw: Any) -> Structure:
     window = draw(st.sampled_from([(-1, -1)] * 3 + [(3, 0), (0, -1), (40, 2), (-1, 1)]))
     as_packed = packed or (rows == 1 and window[0] >= 0)
     equal = st.sampled_from([16, 48, 64, 128]).map(lambda d: (d, d))
-    headdims = draw(st.sampled_from(sorted(PACKED_HEADDIMS)) if as_packed else equal)
+    causal = draw(st.booleans())
+    of_band = {d for d in fused_limits().headdims if d[1] == BAND_HEADDIM_V}
+    of_packed = fused_limits().headdims if causal and window[0] < 0 else of_band
+    headdims = draw(st.sampled_from(sorted(of_packed)) if as_packed else equal)
     sizes = [0, 128] if rows > 1 and not packed else [0, 16, 64, 128]
     append = cached and draw(st.sampled_from([True, True, False]))
     rotates = append and draw(st.sampled_from([True, True, False]))
     nheads_k = draw(st.integers(1, 2))
     scalars = {
-        "causal": draw(st.booleans()),
+        "causal": causal,
         "window_size": list(window),
         "softmax_scale": draw(st.sampled_from([None, 0.2])),
     }
@@ -142,10 +148,11 @@ def step(s: Structure) -> Callable[..., Any]:
     return lambda given: op(**given, **scalars)
 
 
+@pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("eagerly", [False, True], ids=["interpreter", "run_eagerly"])
 class TestRandomCalls:
-    @examples_of(10)
+    @examples
     @given(s=structures(), batches=st.permutations([2, 3, 5]), seed=st.integers(0, 2**31))
     def test_as_on_cpu(
         self, eagerly: bool, dynamic: bool, s: Structure, batches: list[int], seed: int

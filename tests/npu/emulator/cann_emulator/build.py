@@ -9,11 +9,13 @@ import os
 import subprocess
 import sysconfig
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SOURCES = HERE.parent / "csrc"
-LIB = HERE / "lib"
+VERSIONS = [f"{package}-{version(package)}" for package in ("torch", "torch_npu")]
+LIB = HERE / "lib" / "-".join(VERSIONS)
 SITE = Path(sysconfig.get_paths()["purelib"])
 
 # The libraries that torch_npu links to or opens. All symbols live in the first, which the others
@@ -135,7 +137,7 @@ def compile_and_link(out: Path) -> None:
 
 
 def build() -> None:
-    LIB.mkdir(exist_ok=True)
+    LIB.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=HERE) as scratch:
         compile_and_link(Path(scratch))
         # Replaced one by one: a process that has the old ones loaded keeps them.

@@ -8,7 +8,6 @@ int emu_drain(void* stream);      // runs all that is queued on the stream; an e
 int emu_capturing(void* stream);  // 1 while the stream is being captured
 int emu_lazy();                   // 1 under CANNEMU_LAZY
 int emu_pending();                // tasks queued on all streams
-int emu_elsewhere(const void* p);  // 1 if p is memory of a device that is not the current one
 int emu_fail(int code, const char* text);  // sets the text of the error, returns the code
 long emu_harmless(const char* name);       // for the generated stubs of CANN's functions
 long emu_unemulated(const char* name);

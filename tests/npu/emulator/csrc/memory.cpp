@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "emulator_api.h"
 #include "runtime.h"
 
 namespace {
@@ -32,15 +31,13 @@ struct Usage {
 };
 Usage usage[cann::kMaxDevices];
 
-const Block* find(const Blocks& map, const void* p, size_t bytes) {
+bool contains(const Blocks& map, const void* p, size_t bytes) {
   auto address = reinterpret_cast<uintptr_t>(p);
   auto it = map.upper_bound(address);
-  if (it == map.begin()) return nullptr;
+  if (it == map.begin()) return false;
   --it;
-  return address + bytes <= it->first + it->second.bytes ? &it->second : nullptr;
+  return address + bytes <= it->first + it->second.bytes;
 }
-
-bool contains(const Blocks& map, const void* p, size_t bytes) { return find(map, p, bytes); }
 
 void poison(void* p, size_t bytes) {
   static const bool on = getenv("CANNEMU_POISON") != nullptr;
@@ -221,12 +218,6 @@ aclError aclrtMemsetAsync(void* p, size_t room, int32_t value, size_t bytes, acl
     memset(p, value, bytes);
     return 0;
   });
-}
-
-int emu_elsewhere(const void* p) {
-  std::lock_guard<std::mutex> lock(blocks_mutex);
-  const Block* block = find(blocks, p, 1);
-  return block && block->device != cann::current_device();
 }
 
 // A torch_npu allocator, one block per tensor, see cann_emulator/allocator.py.

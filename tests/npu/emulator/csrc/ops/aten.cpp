@@ -9,6 +9,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <dlfcn.h>
 #include <torch/library.h>
 
 #include "../emulator_api.h"
@@ -24,9 +25,20 @@ using torch::jit::Stack;
 constexpr auto kNpu = c10::DeviceType::PrivateUse1;
 constexpr int kKernelFailed = 507015;  // ACL_ERROR_RT_AICORE_EXCEPTION
 
+// A function that torch_npu exports. The hooks of torch for these are newer than torch 2.10.
+template <class Function>
+Function* of_torch_npu(const char* symbol) {
+  static void* library = dlopen("libtorch_npu.so", RTLD_LAZY | RTLD_NOLOAD);
+  auto* function = reinterpret_cast<Function*>(library ? dlsym(library, symbol) : nullptr);
+  TORCH_CHECK(function, "torch_npu has no ", symbol);
+  return function;
+}
+
 void* current_stream(c10::Device device) {
-  c10::impl::VirtualGuardImpl npu(kNpu);
-  return npu.getStreamNativeHandle(npu.getStream(device));
+  // c10_npu::NPUStream::stream() const: an NPUStream is a c10::Stream
+  static auto* native = of_torch_npu<void*(const c10::Stream*)>("_ZNK7c10_npu9NPUStream6streamEv");
+  c10::Stream stream = c10::impl::VirtualGuardImpl(kNpu).getStream(device);
+  return native(&stream);
 }
 
 void check(int error) { TORCH_CHECK(error == 0, aclGetRecentErrMsg(), " (error ", error, ")"); }
@@ -199,7 +211,9 @@ class HostKernel final : public c10::OperatorKernel {
     if (!random_) return std::nullopt;
     if (generator_argument_ >= 0 && args[generator_argument_].isGenerator())
       return args[generator_argument_].toGenerator();
-    return at::globalContext().defaultGenerator(device);
+    static auto* of_device = of_torch_npu<const at::Generator&(c10::DeviceIndex)>(
+        "_ZN6at_npu6detail22getDefaultNPUGeneratorEa");
+    return of_device(device.index());
   }
 
   // Calls the op on the CPU; random ops draw from the given CPU generator.

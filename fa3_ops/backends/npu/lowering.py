@@ -117,7 +117,8 @@ def fill_hidden_pages(call: Attention) -> Attention:
 def needs_pages(call: Attention, counts_keys: bool) -> bool:
     """Whether dense or packed keys have to be addressed through a page table."""
     if call.cu_seqlens_k is not None:
-        return call.seqused_k is not None or call.seqused_q is not None
+        given = (call.seqused_k, call.seqused_q)
+        return call.cu_seqlens_q is None or any(t is not None for t in given)
     return (
         (call.seqused_k is not None and not counts_keys)
         or call.seqused_q is not None

@@ -11,6 +11,7 @@ from torch import Tensor
 
 _CASTABLE = (torch.float32, torch.float16, torch.bfloat16)
 _DEVICES = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda", "AutocastPrivateUse1": "npu"}
+_CASTING = frozenset(_DEVICES.values())
 
 
 def cast(x: Any, dtype: torch.dtype) -> Any:
@@ -22,7 +23,7 @@ def cast(x: Any, dtype: torch.dtype) -> Any:
 def cast_training(q: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """The arguments as the autocast kernel will cast them, so that they can be checked before."""
     device = q.device.type
-    if device not in _DEVICES.values() or not torch.is_autocast_enabled(device):
+    if device not in _CASTING or not torch.is_autocast_enabled(device):
         return q, *others
     dtype = torch.get_autocast_dtype(device)
     return tuple(cast(x, dtype) for x in (q, *others))

@@ -37,7 +37,7 @@ _INTS = (int, torch.SymInt)
 
 def _window(window_size: Window) -> tuple[int, ...]:
     """A tuple, list or tensor as the tuple that the operators take; None means no limit."""
-    if window_size is None:
+    if window_size is None or (type(window_size) is tuple and window_size == (-1, -1)):
         return (-1, -1)
     return tuple([-1 if side is None else index(side) for side in window_size])
 
@@ -459,12 +459,13 @@ def flash_attn_with_kvcache(
         cache_seqlens = torch.full(batch, cache_seqlens, dtype=torch.int32, device=k_cache.device)
     if torch.compiler.is_compiling():
         softmax_scale, softcap = checks.constants(softmax_scale, softcap)
-    if k_cache.dim() == 3 and k is None and page_table is None:
+    if k_cache.dim() == 3 and page_table is None:
         check_kind(rotary_interleaved, bool, "rotary_interleaved")
         checks.packed_cache(
             k_cache,
             cache_seqlens,
             rotary_seqlens,
+            k=k,
             v=v,
             rotary_cos=rotary_cos,
             rotary_sin=rotary_sin,

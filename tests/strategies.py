@@ -256,8 +256,7 @@ def kvcache_calls(
         q_rows = (batch, seqlen_q)
         seqlens_q = torch.full((batch,), seqlen_q, dtype=torch.int32)
     if draw(st.booleans()):
-        seqlens_q = (torch.rand(batch) * (seqlens_q + 1)).int()
-        call["seqused_q"] = seqlens_q
+        call["seqused_q"] = (torch.rand(batch) * (seqlens_q + 1)).int()
     call["q"] = tensor(draw, (*q_rows, nheads, d), dtype)
     if draw(st.booleans()):
         call["qv"] = tensor(draw, (*q_rows, nheads, dv), dtype)
@@ -283,25 +282,31 @@ def kvcache_calls(
             owned_k[entry, at] = True
     call["k_cache"] = k_cache.copy_(poison(k_cache, owned_k))
     call["v_cache"] = v_cache.copy_(poison(v_cache, owned_k))
-    if "page_table" in call and draw(st.booleans()):
-        hide_pages(call, rows[1], seqlens_q, new_lengths)
     return call
 
 
-def hide_pages(call: dict[str, Any], page_size: int, seqlens_q: Tensor, new: Tensor) -> None:
+def row_counts(x: Tensor, cu_seqlens: Tensor | None) -> list[int]:
+    return [x.shape[1]] * x.shape[0] if cu_seqlens is None else cu_seqlens.diff().tolist()
+
+
+def hide_pages(call: dict[str, Any]) -> None:
     """Gives the pages that no row of q sees and no key is written to an id that is none."""
+    if "page_table" not in call:
+        return
+    seqlens_q = row_counts(call["q"], call.get("cu_seqlens_q"))
+    old = call["cache_seqlens"].tolist()
+    new = row_counts(call["k"], call.get("cu_seqlens_k_new")) if "k" in call else [0] * len(old)
     needed = torch.zeros(call["page_table"].shape, dtype=torch.bool)
-    arguments = ("causal", "window_size", "attention_chunk")
-    causal, window_size, attention_chunk = (call[name] for name in arguments)
-    for b, (old, count) in enumerate(
-        zip(call["cache_seqlens"].tolist(), new.tolist(), strict=True)
-    ):
+    defaults = {"causal": False, "window_size": (-1, -1), "attention_chunk": 0}
+    masks = [call.get(name, default) for name, default in defaults.items()]
+    for b, seqlen_q in enumerate(seqlens_q):
+        rows = int(call["seqused_q"][b]) if "seqused_q" in call else seqlen_q
         entry = int(call["cache_batch_idx"][b]) if "cache_batch_idx" in call else b
         first = int(call["cache_leftpad"][b]) if "cache_leftpad" in call else 0
-        seqlen_k = old + count - first
-        seen = reference.mask(int(seqlens_q[b]), seqlen_k, causal, window_size, attention_chunk)
-        at = torch.cat((first + seen.any(0).nonzero()[:, 0], torch.arange(old, old + count)))
-        needed[entry, at // page_size] = True
+        total = old[b] + new[b]
+        seen = reference.mask(rows, total - first, *masks).any(0).nonzero()[:, 0]
+        at = torch.cat((first + seen, torch.arange(old[b], total)))
+        needed[entry, at // call["k_cache"].shape[1]] = True
     call["page_table"][~needed] = -7
 
 

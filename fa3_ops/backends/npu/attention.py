@@ -13,7 +13,7 @@ from fa3_ops.backends.npu import device
 from fa3_ops.backends.npu.flash_attn_npu import FlashAttnNpu, follows_metadata
 from fa3_ops.backends.npu.fused_infer_attention import FusedInferAttention
 from fa3_ops.backends.npu.lengths import Lengths, with_contiguous_lengths
-from fa3_ops.backends.npu.lowering import dequantise_fp8, select_table_rows
+from fa3_ops.backends.npu.lowering import dequantise_fp8, fill_hidden_pages, select_table_rows
 from fa3_ops.backends.npu.torch_ops import TorchOps
 from fa3_ops.backends.written import check_distinct_elements, mark_written
 
@@ -51,7 +51,7 @@ def forward(call: Attention, into: Tensor | None = None) -> tuple[Tensor, Tensor
         out.zero_()
         softmax_lse.fill_(float("-inf"))
     else:
-        decoded = dequantise_fp8(select_table_rows(call))
+        decoded = dequantise_fp8(fill_hidden_pages(select_table_rows(call)))
         backend = choose(BACKENDS, decoded)
         out, softmax_lse = backend.forward(decoded, lengths)
         out = out.to(call.out_dtype)

@@ -158,6 +158,8 @@ def as_pages(a: SimpleNamespace) -> None:
     a.page_size = 0 if a.page_table is None else static(a.k, 1)
     if a.page_table is not None and entries is not None:
         a.page_table = Value(a.page_table)[entries].tensor
+    if a.page_table is not None and a.left >= 0:  # pages before a window may have any id
+        a.page_table = Value(a.page_table).maximum(0).minimum(size(a.k, 0) - 1).tensor
     dense_keys = a.page_table is None and a.cu_seqlens_k is None
     if dense_keys and (entries is not None or a.qv is not None or a.layout == "TND"):
         capacity = static(a.k, 1)

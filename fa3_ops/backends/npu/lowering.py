@@ -102,10 +102,23 @@ def select_table_rows(call: Attention) -> Attention:
     return replace(call, page_table=page_table, cache_batch_idx=None)
 
 
+def fill_hidden_pages(call: Attention) -> Attention:
+    """Pages before a window, which no row sees, may have any id. A kernel loads whole blocks, and a
+    weight of 0 does not silence NaN: they become the first page of their row that is one."""
+    local = call.window_size[0] >= 0 or call.attention_chunk > 0
+    if call.page_table is None or not local or call.page_table.shape[1] == 0:
+        return call
+    pages = call.page_table
+    is_page = (pages >= 0) & (pages < call.k.shape[0])
+    first = pages.gather(1, is_page.int().argmax(1, keepdim=True))
+    return replace(call, page_table=torch.where(is_page, pages, first))
+
+
 def needs_pages(call: Attention, counts_keys: bool) -> bool:
     """Whether dense or packed keys have to be addressed through a page table."""
     if call.cu_seqlens_k is not None:
-        return call.seqused_k is not None or call.seqused_q is not None
+        given = (call.seqused_k, call.seqused_q)
+        return call.cu_seqlens_q is None or any(t is not None for t in given)
     return (
         (call.seqused_k is not None and not counts_keys)
         or call.seqused_q is not None

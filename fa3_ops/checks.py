@@ -407,8 +407,8 @@ def read_after_append(
             if not 0 <= count <= rows:
                 raise ValueError(f"seqused_q[{b}] must be in [0, {rows}], got {count}")
     num_pages, page_size = k_cache.shape[:2]
-    if page_table is None or _all_pages(page_table, num_pages):
-        return
+    if page_table is None or page_size == 0 or _all_pages(page_table, num_pages):
+        return  # the append refuses pages of no row
     left = window_size[0]
     entries = values(cache_batch_idx) or range(len(seqlens))
     for b, (entry, rows, new) in enumerate(

@@ -184,6 +184,8 @@ def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 
 def flash_attn_with_kvcache_out(*args: Any, out: Tensor, **kwargs: Any) -> Tensor:
+    if out is None:  # PyTorch lets it through as a tensor
+        raise TypeError("out must be a tensor, got None")
     given = kwargs | {"out": out}
     refuse_derivatives(ops.flash_attn_with_kvcache.out, args, given)
     arguments = _append(*args, **given)

@@ -369,6 +369,15 @@ class TestWhereChecksLive:
                 "out must have a place for every element",
             ),
             ({"out": rand(200).as_strided((2, 3, 4, 16), (64, 32, 16, 1))}, "a stride of 32"),
+            ({"out": None}, "out must be a tensor, got None"),
+            (
+                {
+                    "k_cache": rand(6, 0, 2, 16),
+                    "v_cache": rand(6, 0, 2, 16),
+                    "page_table": ints(0, 3, 5, 6).view(2, 2),
+                },
+                "must have a page_size of at least 1",
+            ),
             ({"q": rand(2, 3, 4, 16).to_sparse()}, "every tensor must be strided"),
             ({"sinks": rand(4).to_sparse()}, "every tensor must be strided"),
         ],
@@ -377,5 +386,5 @@ class TestWhereChecksLive:
     def test_what_attention_refuses_is_not_appended(self, change: Any, text: str) -> None:
         """The composite appends first and attends then, so it looks at everything before."""
         call = appending(out=torch.zeros(2, 3, 4, 16)) | change
-        kinds = (ValueError, RuntimeError)
+        kinds = (ValueError, TypeError, RuntimeError)
         assert text in message(ops.flash_attn_with_kvcache.out, call, kinds)

@@ -155,9 +155,10 @@ build/sanitize: $(VENV)/packages $(SOURCES) $(PACKAGE)
 	@FA3NPU_SANITIZE="address undefined" \
 		$(BIN)/python $(INSTALL) --no-build-isolation --no-deps --target $@ .
 
-# What a sanitizer finds ends the process. An allocation that fails is an error like any other.
+# What a sanitizer finds ends the process. An allocation that fails is an error like any other. gcc
+# 13's copies of stack frames are not aligned for AVX-512.
 SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
-	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=0 \
 	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=build/sanitize
 
 sanitize: build/sanitize

@@ -47,6 +47,28 @@ def contiguous_rows(t: Tensor, name: str) -> None:
         raise ValueError(f"{name} must have a contiguous last dimension, got stride {stride}")
 
 
+def strided(*tensors: Tensor | None) -> None:
+    for t in tensors:
+        if t is not None and t.layout is not torch.strided:
+            raise ValueError(f"every tensor must be strided, got one of layout {t.layout}")
+
+
+def distinct_elements(t: Tensor, name: str) -> None:
+    """What is written needs a place for every element; the kernel says so too, but later."""
+    if torch.compiler.is_compiling() or t.is_contiguous() or t.numel() == 0:
+        return
+    reach = 0  # from the first to the last element of the dimensions before
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride <= reach:
+            raise ValueError(
+                f"{name} must have a place for every element, got elements that share one: shape "
+                f"{tuple(t.shape)}, a stride of {stride}"
+            )
+        reach += (size - 1) * stride
+
+
 def lengths(t: Tensor | None, size: object, name: str) -> None:
     """An optional int32 vector."""
     if t is None:
@@ -277,6 +299,7 @@ def attention(
         dtype(out, torch.bfloat16 if fp8 else q_dtype, "out")
         contiguous_rows(out, "out")
         same_device(q, {"out": out})
+        distinct_elements(out, "out")
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, out)):
             raise ValueError("out must be None where a gradient is needed, got a tensor")
     softmax(softmax_scale, window_size, attention_chunk, softcap)
@@ -384,8 +407,8 @@ def read_after_append(
             if not 0 <= count <= rows:
                 raise ValueError(f"seqused_q[{b}] must be in [0, {rows}], got {count}")
     num_pages, page_size = k_cache.shape[:2]
-    if page_table is None or _all_pages(page_table, num_pages):
-        return
+    if page_table is None or page_size == 0 or _all_pages(page_table, num_pages):
+        return  # the append refuses pages of no row
     left = window_size[0]
     entries = values(cache_batch_idx) or range(len(seqlens))
     for b, (entry, rows, new) in enumerate(

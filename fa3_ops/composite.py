@@ -15,6 +15,7 @@ from torch import Tensor
 from fa3_ops import checks
 from fa3_ops.autograd import refuse_forward_mode, requires_grad, severed
 from fa3_ops.errors import as_value_errors
+from fa3_ops.writes import refuse_derivatives
 
 ops = torch.ops.fa3npu
 
@@ -97,6 +98,11 @@ def _append(
         rotary_seqlens=rotary_seqlens,
     )
     if k is not None and cache_seqlens is not None:
+        # What the append takes refuses other layouts itself, before it writes.
+        checks.strided(
+            *(q, qv, cache_leftpad, cu_seqlens_q, seqused_q, q_descale, k_descale, v_descale),
+            *(scheduler_metadata, alibi_slopes, sinks, out),
+        )
         checks.read_after_append(
             q,
             k,
@@ -178,8 +184,11 @@ def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 
 
 def flash_attn_with_kvcache_out(*args: Any, out: Tensor, **kwargs: Any) -> Tensor:
-    refuse_forward_mode("flash_attn_with_kvcache", (*args, *kwargs.values(), out))
-    arguments = _append(*args, **(kwargs | {"out": out}))
+    if out is None:  # PyTorch lets it through as a tensor
+        raise TypeError("out must be a tensor, got None")
+    given = kwargs | {"out": out}
+    refuse_derivatives(ops.flash_attn_with_kvcache.out, args, given)
+    arguments = _append(*args, **given)
     softmax_lse: Tensor = ops.flash_attn_kvcache.out(*arguments, out=out)
     return softmax_lse
 

@@ -48,13 +48,17 @@ def _refuse_derivatives(op: Any, tensors: dict[str, Tensor]) -> None:
             )
 
 
-def register(op: Any) -> None:
-    names = [argument.name for argument in op._schema.arguments]
+def refuse_derivatives(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses a call of a writing operator that autograd would have to follow."""
+    if is_watched(*args, **kwargs):
+        names = [argument.name for argument in op._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        _refuse_derivatives(op, {n: x for n, x in given.items() if isinstance(x, Tensor)})
 
+
+def register(op: Any) -> None:
     def kernel(keyset: Any, *args: Any, **out: Any) -> Any:
-        if is_watched(*args, **out):
-            given = dict(zip(names, args, strict=False)) | out
-            _refuse_derivatives(op, {n: x for n, x in given.items() if isinstance(x, Tensor)})
+        refuse_derivatives(op, args, out)
         return below_autograd(op, keyset, *args, **out)
 
     _library.impl(op.name().removeprefix("fa3npu::"), kernel, "Autograd", with_keyset=True)

@@ -114,7 +114,7 @@ def other_values(rng: Random, x: Tensor, call: Call) -> Any:
 
 def shared(rng: Random, x: Tensor, call: Call) -> Any:
     """Memory of another argument."""
-    other = rng.choice([y for y in call.values() if readable(y)])
+    other = rng.choice([y for y in call.values() if readable(y) and y.dtype is x.dtype])
     if rng.random() < 0.3:
         return other
     room = memory(other).numel() // x.element_size() - x.numel()
@@ -239,6 +239,6 @@ class Calls:
             if kind != "Tensor":
                 call[name] = another_scalar(rng, value, kind)
                 return f"{name}: another scalar"
-        except (RuntimeError, IndexError, ValueError, NotImplementedError):
+        except (RuntimeError, IndexError, ValueError, TypeError):
             pass  # this tensor cannot be changed so
         return "nothing"

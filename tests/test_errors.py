@@ -21,7 +21,11 @@ def paged(**changes: Any) -> dict[str, Any]:
     return appending(**call, page_table=ints(0, 3, 5, 1).view(2, 2)) | changes
 
 
-def message(function: Any, call: dict[str, Any], kind: type[Exception] = ValueError) -> str:
+def message(
+    function: Any,
+    call: dict[str, Any],
+    kind: type[Exception] | tuple[type[Exception], ...] = ValueError,
+) -> str:
     """The message of the error that the call raises, having written nothing."""
     before = {name: x.clone() for name, x in call.items() if name.endswith("_cache")}
     with pytest.raises(kind) as caught:
@@ -354,3 +358,33 @@ class TestWhereChecksLive:
                 rand(2, 3, 2, 16), rand(2, 3, 2, 16), k_cache, k_cache.clone(), ints(0, 7)
             )
         assert torch.equal(k_cache, before)
+
+    @pytest.mark.parametrize(
+        ("change", "text"),
+        [
+            ({"out": rand(3, 4, 16, grad=True).expand(2, 3, 4, 16) * 1}, "but out requires grad"),
+            ({"k": rand(2, 3, 2, 16, grad=True)}, "but k requires grad"),
+            (
+                {"out": rand(3, 4, 16).expand(2, 3, 4, 16)},
+                "out must have a place for every element",
+            ),
+            ({"out": rand(200).as_strided((2, 3, 4, 16), (64, 32, 16, 1))}, "a stride of 32"),
+            ({"out": None}, "out must be a tensor, got None"),
+            (
+                {
+                    "k_cache": rand(6, 0, 2, 16),
+                    "v_cache": rand(6, 0, 2, 16),
+                    "page_table": ints(0, 3, 5, 6).view(2, 2),
+                },
+                "must have a page_size of at least 1",
+            ),
+            ({"q": rand(2, 3, 4, 16).to_sparse()}, "every tensor must be strided"),
+            ({"sinks": rand(4).to_sparse()}, "every tensor must be strided"),
+        ],
+        ids=lambda x: x if isinstance(x, str) else "",
+    )
+    def test_what_attention_refuses_is_not_appended(self, change: Any, text: str) -> None:
+        """The composite appends first and attends then, so it looks at everything before."""
+        call = appending(out=torch.zeros(2, 3, 4, 16)) | change
+        kinds = (ValueError, TypeError, RuntimeError)
+        assert text in message(ops.flash_attn_with_kvcache.out, call, kinds)

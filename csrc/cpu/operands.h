@@ -118,7 +118,7 @@ struct KeyTile {
           interleave(From::vector(x + c * From::kBytes), From::vector(y + c * From::kBytes),
                      to + c);
         else
-          vec(to + c) = From::vector(x + c * From::kBytes);
+          store(to + c, From::vector(x + c * From::kBytes));
       }
     }
     for (int64_t c = 0; transposed && c < ld; c += From::kElements)
@@ -222,7 +222,7 @@ struct QueryTile {
     if (capped) *capped = x;
     if (slope[r] != 0) {
       const Vec<T> distance = T(position[r] + s.k_len - s.q_len - block) - index;
-      x -= slope[r] * (distance < T(0) ? -distance : distance);
+      x = multiply_add(distance < T(0) ? distance : -distance, splat(slope[r]), x);
     }
     const T begin = T(clamp(keys[r].begin - block, 0, kKeyBlock));
     const T end = T(clamp(keys[r].end - block, 0, kKeyBlock));

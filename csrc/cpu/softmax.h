@@ -21,13 +21,10 @@ void empty_state_(const Attention& a, char* at) {
   fill<T>(state.out, a.row_tile * state.ld, T(0));
 }
 
-// A row's sums stay relative to an old maximum until the new one is this much greater: e^8 of head
-// room costs no precision and saves most rescaling.
-constexpr float kSlack = 8;
-
 // One step of the online softmax for `count` rows from `first`, at most as many as a vector has
 // lanes: their scores become probabilities relative to the new maximum, and what was summed before
-// is rescaled. A block that a row does not see changes nothing of it.
+// is rescaled. A block that a row does not see changes nothing of it. The maximum is never an old
+// one: of P in bfloat16 the greatest weight, which is 1, is then exact.
 template <class U>
 INLINE void softmax_step(const QueryTile<U>& q, int64_t first, int64_t count, int64_t block,
                          int64_t columns, Sum<U>* scores, U* p, const State<Sum<U>>& state) {
@@ -43,7 +40,7 @@ INLINE void softmax_step(const QueryTile<U>& q, int64_t first, int64_t count, in
 #pragma GCC unroll 4
       for (int64_t lane = 0; lane < columns; lane += L) {
         const Vec<T> y = logits(lane, vec(row + lane));
-        vec(row + lane) = y;
+        store(row + lane, y);
         greatest = y > greatest ? y : greatest;
       }
     };
@@ -55,12 +52,12 @@ INLINE void softmax_step(const QueryTile<U>& q, int64_t first, int64_t count, in
       });
     x[i] = greatest;
   }
-  Vec<T>& maximum = vec(state.maximum + first);
-  const Vec<T> before = maximum, top = maxima<T>(x), none = Vec<T>{} - T(kInf);
-  maximum = top > before + T(kSlack) ? top : before;
+  const Vec<T> before = vec(state.maximum + first), top = maxima<T>(x), none = splat(-T(kInf));
+  const Vec<T> maximum = top > before ? top : before;
+  store(state.maximum + first, maximum);
   T base[L], alpha[L];
-  vec(base) = maximum == none ? Vec<T>{} : maximum;  // -inf - -inf would be NaN
-  vec(alpha) = before == none ? Vec<T>{} + T(1) : exp_(before - vec(base));
+  store(base, maximum == none ? Vec<T>{} : maximum);  // -inf - -inf would be NaN
+  store(alpha, before == none ? Vec<T>{} + T(1) : exp_(before - vec(base)));
 
   for (int64_t i = 0; i < L; ++i) x[i] = Vec<T>{};
   for (int64_t i = 0; i < count; ++i) {
@@ -75,10 +72,10 @@ INLINE void softmax_step(const QueryTile<U>& q, int64_t first, int64_t count, in
     }
     x[i] = total;
   }
-  vec(state.sum + first) = vec(state.sum + first) * vec(alpha) + sums<T>(x);
+  store(state.sum + first, multiply_add(vec(state.sum + first), vec(alpha), sums<T>(x)));
   for (int64_t i = 0; i < count; ++i) {
     if (alpha[i] == T(1)) continue;
     T* out = state.out + (first + i) * state.ld;
-    for (int64_t c = 0; c < state.ld; c += L) vec(out + c) *= alpha[i];
+    for (int64_t c = 0; c < state.ld; c += L) store(out + c, vec(out + c) * alpha[i]);
   }
 }

@@ -44,16 +44,16 @@ using Vec = typename Vector<T>::type;
 template <class T>
 constexpr int64_t kLanes = FA3NPU_BYTES / sizeof(T);
 
-// A vector from memory, and to it: of any alignment.
+// A vector from memory, and to it. By value: of a reference clang forgets that it may be unaligned.
 template <class T>
 INLINE Vec<T> vec(const T* from) {
-  Vec<T> x;
-  __builtin_memcpy(&x, from, sizeof(x));
-  return x;
+  typedef Vec<T> Unaligned __attribute__((aligned(1), may_alias));
+  return *reinterpret_cast<const Unaligned*>(from);
 }
 template <class T>
 INLINE void store(T* to, const Vec<T>& x) {
-  __builtin_memcpy(to, &x, sizeof(x));
+  typedef Vec<T> Unaligned __attribute__((aligned(1), may_alias));
+  *reinterpret_cast<Unaligned*>(to) = x;
 }
 
 constexpr float kInf = std::numeric_limits<float>::infinity();

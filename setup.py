@@ -8,29 +8,30 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 SANITIZE = os.environ.get("FA3NPU_SANITIZE", "").split()  # "address undefined": see `make sanitize`
 
-extension = CppExtension(
-    "fa3_ops._C",
-    sorted(glob("csrc/**/*.cpp", recursive=True)),
-    include_dirs=[os.path.abspath("csrc")],
-    # 2.10: one wheel for it and every later torch.
-    define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-    extra_compile_args=[
-        "-std=c++20",
-        "-O3",
-        "-g0",
-        "-ffp-contract=fast",
-        "-fno-math-errno",
-        "-Wall",
-        "-Wno-psabi",
-        "-fvisibility=hidden",
-        *(f"-fsanitize={name}" for name in SANITIZE),
-    ],
-    extra_link_args=[f"-fsanitize={name}" for name in SANITIZE],
-    py_limited_api=True,
-)
+FLAGS = [  # tests/test_primitives.py compiles with them too
+    "-O3",
+    "-g0",
+    "-std=c++20",
+    "-ffp-contract=off",  # what is fused, csrc/cpu/vector.h says
+    "-fno-math-errno",
+    "-Wall",
+    "-Wno-psabi",
+    "-fvisibility=hidden",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",  # 2.10: one wheel for it and every later torch
+]
 
-setup(
-    ext_modules=[extension],
-    cmdclass={"build_ext": BuildExtension},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+if __name__ == "__main__":
+    sanitizers = [f"-fsanitize={name}" for name in SANITIZE]
+    extension = CppExtension(
+        "fa3_ops._C",
+        sorted(glob("csrc/**/*.cpp", recursive=True)),
+        include_dirs=[os.path.abspath("csrc")],
+        extra_compile_args=FLAGS + sanitizers,
+        extra_link_args=sanitizers,
+        py_limited_api=True,
+    )
+    setup(
+        ext_modules=[extension],
+        cmdclass={"build_ext": BuildExtension},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

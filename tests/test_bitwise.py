@@ -7,6 +7,7 @@ and on one thread. Memory that no sequence owns holds NaN.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -366,6 +368,21 @@ class TestForward:
             size = max(1, abs(s.options.get("softmax_scale") or 0) * headdim**0.5)
             assert_exact(s.expected[0], want_out[0], s.q.dtype, largest_error(s.q.dtype) * size)
             assert_lse(s.expected[1], want_lse[0], 3e-5 * size)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("d", [*range(1, 9), 64])
+    def test_last_rows_alone(self, d: int, dtype: torch.dtype) -> None:
+        """Small products, whose multiply-adds a compiler would fuse in one loop and not another."""
+        torch.manual_seed(0)
+        for seqlen, nheads in itertools.product((3, 17, 70, 1100), (1, 4)):
+            q, k, v = (torch.randn(1, seqlen, n, d).to(dtype) for n in (nheads, 1, 1))
+            whole, whole_lse = fa3_ops.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+            for rows in (1, 2, 5, 16, 17):
+                out, softmax_lse = fa3_ops.flash_attn_func(
+                    q[:, -rows:], k, v, causal=True, return_attn_probs=True
+                )
+                assert torch.equal(out, whole[:, -rows:])
+                assert torch.equal(softmax_lse, whole_lse[:, :, -rows:])
 
     @examples(100)
     @given(batches(), st.data())

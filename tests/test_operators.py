@@ -35,6 +35,20 @@ ops = torch.ops.fa3npu
 of_both_kinds = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
+def bfloat16_call(kind: str, seqlen_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v whose scores are of a kind."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (
+        10 * torch.rand(1, n, 1, 128, generator=generator) - 5 for n in (256, seqlen_k, seqlen_k)
+    )
+    slope = torch.arange(seqlen_k)[None, :, None, None] / seqlen_k
+    if kind == "peaked":
+        q = 3 * q
+    if kind in ("rising", "falling"):
+        q, k = q.abs(), k.abs() * (slope if kind == "rising" else 1 - slope)
+    return q.bfloat16(), k.bfloat16(), v.bfloat16()
+
+
 def assert_same_bits(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=0, equal_nan=True)
 
@@ -106,6 +120,39 @@ class TestFlashAttnFunc:
         assert lse[:, 1, 3].isnan().all()
         out[:, 3, 1] = clean[:, 3, 1]
         assert torch.equal(out, clean)
+
+    @pytest.mark.parametrize("kind", ["uniform", "peaked", "rising", "falling"])
+    @pytest.mark.parametrize("seqlen_k", [200, 1024, 3000])
+    def test_bfloat16_loses_no_more_than_its_probabilities(self, kind: str, seqlen_k: int) -> None:
+        """Where P is rounded to bfloat16, it is relative to the greatest score so far: then a row's
+        greatest weight is exactly 1."""
+        q, k, v = bfloat16_call(kind, seqlen_k)
+        scores = torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) / q.shape[-1] ** 0.5
+        p = torch.exp(scores - scores.amax(-1, keepdim=True))
+        sums = p.sum(-1).transpose(1, 2)[..., None]
+
+        def out(p: Tensor) -> Tensor:
+            return torch.einsum("bhqk,bkhd->bqhd", p.double(), v.double()) / sums
+
+        def rms_error(x: Tensor) -> float:
+            return float((x.bfloat16().double() - out(p)).square().mean().sqrt())
+
+        got = fa3_ops.flash_attn_func(q, k, v)
+        assert rms_error(got) <= 1.1 * rms_error(out(p.bfloat16()))
+
+    @of_both_kinds
+    @pytest.mark.parametrize("sink", [-math.inf, 1e30, math.inf])
+    def test_a_sink_takes_no_weight_or_all_of_it(self, sink: float, dtype: torch.dtype) -> None:
+        q, k, v = (rand(1, 9, 2, 16, dtype=dtype, grad=True) for _ in range(3))
+        sinks = torch.tensor([sink, 0.5], requires_grad=True)
+        call = {"causal": True, "window_size": (3, -1), "sinks": sinks}
+        out, lse = ops.flash_attn_func(q, k, v, **call)
+        want_out, want_lse = reference.batched(q, k, v, **call)
+        assert_exact(out, want_out, dtype)
+        assert_lse(lse, want_lse)
+        grads = torch.autograd.grad(out[:, :, 0].float().sum(), (q, k, v, sinks))
+        assert all(torch.isfinite(x).all() for x in grads)
+        assert sink < 0 or not any(x.any() for x in grads)
 
     def test_qkvpacked(self) -> None:
         qkv = rand(2, 9, 3, 4, 16)

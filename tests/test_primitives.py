@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -21,9 +22,8 @@ HEADERS = {"NEON": "portable"}  # the others are named as they are
 
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 ARM_CXX, ARM = "aarch64-linux-gnu-g++", "qemu-aarch64"
-FLAGS = [  # setup.py's, but for -O3
-    *("-std=c++20", "-O2", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"),
-    *("-Wall", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}"),
+FLAGS = [
+    *(*runpy.run_path(str(ROOT / "setup.py"))["FLAGS"], "-O2", f"-I{ROOT / 'csrc'}"),
     *(f"-isystem{path}" for path in include_paths()),
 ]
 

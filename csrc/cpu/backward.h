@@ -74,8 +74,8 @@ struct GradientTile {
         const T scale = T(q.a.softmax_scale), row_lse = lse[r], row_delta = delta[r];
         for (int64_t lane = 0; lane < columns; lane += kLanes<T>) {
           const Vec<T> y = exp_(vec(p + lane) * scale - row_lse);
-          vec(p + lane) = y;
-          vec(ds + lane) = y * (vec(ds + lane) - row_delta) * scale;
+          store(p + lane, y);
+          store(ds + lane, y * (vec(ds + lane) - row_delta) * scale);
         }
       } else {
         differentiate_masked(r, block, columns, p, ds);
@@ -85,18 +85,17 @@ struct GradientTile {
 
   void differentiate_masked(int64_t r, int64_t block, int64_t columns, T* p, T* ds) const {
     for (int64_t lane = 0; lane < columns; lane += kLanes<T>) {
-      Vec<T>& p_ = vec(p + lane);
-      Vec<T>& ds_ = vec(ds + lane);
       Vec<T> capped;
-      const Vec<T> x = q.logits(r, block, lane, p_, &capped);
+      const Vec<T> x = q.logits(r, block, lane, vec(p + lane), &capped);
       const auto masked = x == -T(kInf);  // not even a NaN of the row reaches a masked key
-      p_ = masked ? Vec<T>{} : exp_(x - lse[r]);
-      Vec<T> gradient = p_ * (ds_ - delta[r]) * T(q.a.softmax_scale);
+      const Vec<T> y = masked ? Vec<T>{} : exp_(x - lse[r]);
+      Vec<T> gradient = y * (vec(ds + lane) - delta[r]) * T(q.a.softmax_scale);
       if (q.a.softcap > 0) {
         capped /= T(q.a.softcap);
-        gradient *= T(1) - capped * capped;
+        gradient *= multiply_add(-capped, capped, splat(T(1)));
       }
-      ds_ = masked ? Vec<T>{} : gradient;
+      store(p + lane, y);
+      store(ds + lane, masked ? Vec<T>{} : gradient);
     }
   }
 };

@@ -37,7 +37,7 @@ struct Raw {  // as it is
 };
 struct FromBFloat16 {
   static constexpr int64_t kElements = kLanes<float>, kBytes = 2;
-  typedef short Narrow __attribute__((vector_size(FA3NPU_BYTES / 2), aligned(2), may_alias));
+  typedef short Narrow __attribute__((vector_size(FA3NPU_BYTES / 2)));
   typedef int Wide __attribute__((vector_size(FA3NPU_BYTES)));
   INLINE static Vec<float> vector(const char* from) {
 #if FA3NPU_AVX512  // gcc 12's convertvector would take three instructions
@@ -46,9 +46,9 @@ struct FromBFloat16 {
 #elif defined(__aarch64__)  // and one lane after another here
     return (Vec<float>)vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(from)), 16);
 #else
-    const Narrow x = *reinterpret_cast<const Narrow*>(from);
-    const Wide wide = __builtin_convertvector(x, Wide) << 16;
-    return reinterpret_cast<const Vec<float>&>(wide);
+    Narrow x;
+    __builtin_memcpy(&x, from, sizeof(x));
+    return (Vec<float>)(__builtin_convertvector(x, Wide) << 16);
 #endif
   }
 };
@@ -158,8 +158,8 @@ INLINE void clear(Pair& x, int64_t half) { (half ? x.second : x.first) = 0; }
 // Two vectors of sums as what the next product multiplies.
 template <class T>
 INLINE void narrow(const Vec<T>& x, const Vec<T>& y, T* to) {
-  vec(to) = x;
-  vec(to + kLanes<T>) = y;
+  store(to, x);
+  store(to + kLanes<T>, y);
 }
 
 #if FA3NPU_BFLOAT16
@@ -178,7 +178,7 @@ INLINE void narrow(const Vec<float>& x, const Vec<float>& y, Pair* to) {
     return t;
   }();
   const __m512i halves = _mm512_load_si512(upper.halves);
-  vec(to) = (Vec<Pair>)_mm512_permutex2var_epi16(rounded(x), halves, rounded(y));
+  store(to, (Vec<Pair>)_mm512_permutex2var_epi16(rounded(x), halves, rounded(y)));
 }
 
 // Pairs of one row's numbers and the next's.
@@ -193,8 +193,8 @@ INLINE void interleave(const Vec<Pair>& a, const Vec<Pair>& b, Pair* to) {
   const __m512i halves = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   const __m512i x = _mm512_permutexvar_epi64(halves, (__m512i)a);
   const __m512i y = _mm512_permutexvar_epi64(halves, (__m512i)b);
-  vec(to) = (Vec<Pair>)_mm512_unpacklo_epi16(x, y);
-  vec(to + 16) = (Vec<Pair>)_mm512_unpackhi_epi16(x, y);
+  store(to, (Vec<Pair>)_mm512_unpacklo_epi16(x, y));
+  store(to + 16, (Vec<Pair>)_mm512_unpackhi_epi16(x, y));
 }
 
 inline bool all_finite(const Pair* x, int64_t n) {
@@ -213,8 +213,9 @@ bool all_finite(const T* x, int64_t n) {
   Vec<T> zeros[4]{};
   int64_t i = 0;
   for (; i + 4 * kLanes<T> <= n; i += 4 * kLanes<T>)
-    for (int64_t k = 0; k < 4; ++k) zeros[k] += vec(x + i + k * kLanes<T>) * T(0);
-  for (; i < n; i += kLanes<T>) zeros[0] += vec(x + i) * T(0);
+    for (int64_t k = 0; k < 4; ++k)
+      zeros[k] = multiply_add(vec(x + i + k * kLanes<T>), Vec<T>{}, zeros[k]);
+  for (; i < n; i += kLanes<T>) zeros[0] = multiply_add(vec(x + i), Vec<T>{}, zeros[0]);
   zeros[0] += zeros[1] + (zeros[2] + zeros[3]);
   T total = 0;
   for (int64_t lane = 0; lane < kLanes<T>; ++lane) total += zeros[0][lane];

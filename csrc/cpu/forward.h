@@ -69,7 +69,7 @@ void merge_state_(const Attention& a, const RowTile& t, char* into_, const char*
     into.maximum[r] = maximum;
     into.sum[r] = into.sum[r] * alpha + from.sum[r] * beta;
     for (int64_t c = r * into.ld; c < (r + 1) * into.ld; c += kLanes<T>)
-      vec(into.out + c) = vec(into.out + c) * alpha + vec(from.out + c) * beta;
+      store(into.out + c, multiply_add(vec(from.out + c), splat(beta), vec(into.out + c) * alpha));
   }
 }
 
@@ -86,8 +86,8 @@ void finish_(const Attention& a, const RowTile& t, const char* at) {
     const bool sees_nothing = maximum == -T(kInf) && total == T(0);
     if (a.sinks.data && !sees_nothing) {  // the sink is one more key, without a value
       const T sink = a.sinks.get(0, head, 0), base = greater(maximum, sink);
-      const T alpha = exp1(maximum - base);
-      total = total * alpha + exp1(sink - base);
+      const T alpha = exp1(maximum - base), weight = sink == base ? T(1) : exp1(sink - base);
+      total = total * alpha + weight;
       scale *= alpha;
       maximum = base;
     }

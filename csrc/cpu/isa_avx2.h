@@ -1,4 +1,4 @@
-#pragma GCC target("avx2,fma")
+FA3NPU_TARGET("avx2,fma")
 
 #define FA3NPU_NAME "AVX2"
 #define FA3NPU_BYTES 32   // of a register

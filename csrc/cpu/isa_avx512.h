@@ -1,4 +1,4 @@
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+FA3NPU_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 
 #define FA3NPU_NAME "AVX512"
 #define FA3NPU_BYTES 64   // of a register

@@ -118,7 +118,7 @@ struct KeyTile {
           interleave(From::vector(x + c * From::kBytes), From::vector(y + c * From::kBytes),
                      to + c);
         else
-          vec(to + c) = From::vector(x + c * From::kBytes);
+          store(to + c, From::vector(x + c * From::kBytes));
       }
     }
     for (int64_t c = 0; transposed && c < ld; c += From::kElements)
@@ -222,17 +222,17 @@ struct QueryTile {
     if (capped) *capped = x;
     if (slope[r] != 0) {
       const Vec<T> distance = T(position[r] + s.k_len - s.q_len - block) - index;
-      x -= slope[r] * (distance < T(0) ? -distance : distance);
+      x = multiply_add(distance < T(0) ? distance : -distance, splat(slope[r]), x);
     }
     const T begin = T(clamp(keys[r].begin - block, 0, kKeyBlock));
     const T end = T(clamp(keys[r].end - block, 0, kKeyBlock));
     return ((index >= begin) & (index < end)) ? x : Vec<T>{} - T(kInf);
   }
 
-  // Whether row r's logits at the keys of the block are its scores times softmax_scale.
+  // Whether row r's logits at the keys of the block are its scores times a positive softmax_scale.
   bool plain(int64_t r, int64_t block) const {
     return keys[r].begin <= block && keys[r].end >= block + kKeyBlock && a.softcap <= 0 &&
-           slope[r] == 0;
+           slope[r] == 0 && a.softmax_scale > 0;
   }
 
   // How many keys of the block the rows that see most of it see, rounded up to whole steps.

@@ -151,10 +151,11 @@ INLINE void product_block(int64_t depth, const Left<U>& a, const char* b, int64_
     Vec<U> x[C];
     for (int i = 0; i < C; ++i) x[i] = From::vector(b + k * b_bytes + i * kBytes);
     for (int r = 0; r < R; ++r)
-      for (int i = 0; i < C; ++i) multiply_add(acc[r][i], a.at[r * a.row + k * a.col], x[i]);
+      for (int i = 0; i < C; ++i)
+        acc[r][i] = multiply_add(splat(a.at[r * a.row + k * a.col]), x[i], acc[r][i]);
   }
   for (int r = 0; r < R; ++r)
-    for (int i = 0; i < C; ++i) vec(c + r * ldc + i * kLanes<T>) = acc[r][i];
+    for (int i = 0; i < C; ++i) store(c + r * ldc + i * kLanes<T>, acc[r][i]);
 }
 
 template <class U, class From, int R>

@@ -21,9 +21,11 @@ void empty_state_(const Attention& a, char* at) {
   fill<T>(state.out, a.row_tile * state.ld, T(0));
 }
 
-// A row's sums stay relative to an old maximum until the new one is this much greater: e^8 of head
-// room costs no precision and saves most rescaling.
-constexpr float kSlack = 8;
+// A row's sums stay relative to an old maximum until the new one is this much greater, which saves
+// most rescaling. Of float32 that costs no precision. P in bfloat16 is relative to the greatest
+// score so far: a row's greatest weight is then 1 and not rounded.
+template <class U>
+constexpr Sum<U> kSlack = kDepth<U> == 1 ? 8 : 0;
 
 // One step of the online softmax for `count` rows from `first`, at most as many as a vector has
 // lanes: their scores become probabilities relative to the new maximum, and what was summed before
@@ -33,52 +35,53 @@ INLINE void softmax_step(const QueryTile<U>& q, int64_t first, int64_t count, in
                          int64_t columns, Sum<U>* scores, U* p, const State<Sum<U>>& state) {
   typedef Sum<U> T;
   constexpr int64_t L = kLanes<T>;
-  const T scale = T(q.a.softmax_scale);
   Vec<T> x[L];  // by row: its greatest logits, then its sums
-  for (int64_t i = 0; i < L; ++i) x[i] = Vec<T>{} - T(kInf);
+  T factor[L];  // by row: what its logits are still to be multiplied by
+  for (int64_t i = 0; i < L; ++i) x[i] = splat(-T(kInf)), factor[i] = 1;
   for (int64_t i = 0; i < count; ++i) {
     T* row = scores + i * kKeyBlock;
-    Vec<T> greatest = x[i];
-    const auto take = [&](const auto& logits) INLINE_LAMBDA {
-#pragma GCC unroll 4
-      for (int64_t lane = 0; lane < columns; lane += L) {
-        const Vec<T> y = logits(lane, vec(row + lane));
-        vec(row + lane) = y;
-        greatest = y > greatest ? y : greatest;
+    if (q.plain(first + i, block)) {
+      factor[i] = T(q.a.softmax_scale);
+      Vec<T> even = x[i], odd = x[i];
+      for (int64_t lane = 0; lane < columns; lane += 2 * L) {
+        even = greater(even, vec(row + lane));
+        odd = greater(odd, vec(row + lane + L));
       }
-    };
-    if (q.plain(first + i, block))
-      take([&](int64_t, const Vec<T>& score) INLINE_LAMBDA { return score * scale; });
-    else
-      take([&](int64_t lane, const Vec<T>& score) {
-        return q.logits(first + i, block, lane, score);
-      });
-    x[i] = greatest;
+      x[i] = greater(even, odd);
+    } else {
+      for (int64_t lane = 0; lane < columns; lane += L) {
+        const Vec<T> y = q.logits(first + i, block, lane, vec(row + lane));
+        store(row + lane, y);
+        x[i] = greater(x[i], y);
+      }
+    }
   }
-  Vec<T>& maximum = vec(state.maximum + first);
-  const Vec<T> before = maximum, top = maxima<T>(x), none = Vec<T>{} - T(kInf);
-  maximum = top > before + T(kSlack) ? top : before;
+  const Vec<T> before = vec(state.maximum + first), top = maxima<T>(x) * vec(factor);
+  const Vec<T> none = splat(-T(kInf));
+  const Vec<T> maximum = top > before + kSlack<U> ? top : before;
+  store(state.maximum + first, maximum);
   T base[L], alpha[L];
-  vec(base) = maximum == none ? Vec<T>{} : maximum;  // -inf - -inf would be NaN
-  vec(alpha) = before == none ? Vec<T>{} + T(1) : exp_(before - vec(base));
+  store(base, maximum == none ? Vec<T>{} : maximum);  // -inf - -inf would be NaN
+  store(alpha, before == none ? splat(T(1)) : exp_(before - vec(base)));
 
   for (int64_t i = 0; i < L; ++i) x[i] = Vec<T>{};
   for (int64_t i = 0; i < count; ++i) {
     Vec<T> total{};
-    const T b = base[i];
+    const Vec<T> scale = splat(factor[i]), shift = splat(-base[i]);
 #pragma GCC unroll 2
     for (int64_t j = i * kKeyBlock; j < i * kKeyBlock + columns; j += 2 * L) {
-      const Vec<T> y = exp_(vec(scores + j) - b), z = exp_(vec(scores + j + L) - b);
+      const Vec<T> y = exp_(multiply_add(vec(scores + j), scale, shift));
+      const Vec<T> z = exp_(multiply_add(vec(scores + j + L), scale, shift));
       narrow(y, z, p + j / kDepth<U>);
       total += y;
       total += z;
     }
     x[i] = total;
   }
-  vec(state.sum + first) = vec(state.sum + first) * vec(alpha) + sums<T>(x);
-  for (int64_t i = 0; i < count; ++i) {
-    if (alpha[i] == T(1)) continue;
+  store(state.sum + first, multiply_add(vec(state.sum + first), vec(alpha), sums<T>(x)));
+  for (uint64_t rows = lanes_unlike(vec(alpha), T(1)); rows != 0; rows &= rows - 1) {
+    const int64_t i = __builtin_ctzll(rows);
     T* out = state.out + (first + i) * state.ld;
-    for (int64_t c = 0; c < state.ld; c += L) vec(out + c) *= alpha[i];
+    for (int64_t c = 0; c < state.ld; c += L) store(out + c, vec(out + c) * alpha[i]);
   }
 }

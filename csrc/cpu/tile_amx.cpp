@@ -6,5 +6,6 @@
 namespace fa3npu::amx {
 #include "cpu/tile.h"
 }  // namespace fa3npu::amx
+FA3NPU_TARGET_END
 
 #endif

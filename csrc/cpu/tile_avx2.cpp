@@ -6,5 +6,6 @@
 namespace fa3npu::avx2 {
 #include "cpu/tile.h"
 }  // namespace fa3npu::avx2
+FA3NPU_TARGET_END
 
 #endif

@@ -6,5 +6,6 @@
 namespace fa3npu::avx512 {
 #include "cpu/tile.h"
 }  // namespace fa3npu::avx512
+FA3NPU_TARGET_END
 
 #endif

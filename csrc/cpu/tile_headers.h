@@ -12,12 +12,23 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's intrinsics use them so
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
 #include "cpu/attention.h"
+
+// What lies between these is compiled for an instruction set.
+#define FA3NPU_PRAGMA(...) _Pragma(#__VA_ARGS__)
+#if defined(__clang__)
+#define FA3NPU_TARGET(features) \
+  FA3NPU_PRAGMA(clang attribute push(__attribute__((target(features))), apply_to = function))
+#define FA3NPU_TARGET_END FA3NPU_PRAGMA(clang attribute pop)
+#else
+#define FA3NPU_TARGET(features) FA3NPU_PRAGMA(GCC target(features))
+#define FA3NPU_TARGET_END
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's intrinsics use them so
+#endif
 
 namespace fa3npu {
 

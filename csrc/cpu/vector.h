@@ -28,31 +28,32 @@ template <class T>
 struct Vector;
 template <>
 struct Vector<float> {
-  typedef float type __attribute__((vector_size(FA3NPU_BYTES), aligned(4), may_alias));
-  typedef int32_t bits __attribute__((vector_size(FA3NPU_BYTES), aligned(4), may_alias));
+  typedef float type __attribute__((vector_size(FA3NPU_BYTES)));
+  typedef int32_t bits __attribute__((vector_size(FA3NPU_BYTES)));
 };
 template <>
 struct Vector<double> {
-  typedef double type __attribute__((vector_size(FA3NPU_BYTES), aligned(8), may_alias));
-  typedef int64_t bits __attribute__((vector_size(FA3NPU_BYTES), aligned(8), may_alias));
+  typedef double type __attribute__((vector_size(FA3NPU_BYTES)));
 };
 template <>
 struct Vector<Pair> {
   typedef typename Vector<float>::bits type;
-  typedef type bits;
 };
 template <class T>
 using Vec = typename Vector<T>::type;
 template <class T>
 constexpr int64_t kLanes = FA3NPU_BYTES / sizeof(T);
 
+// A vector from memory, and to it. By value: of a reference clang forgets that it may be unaligned.
 template <class T>
-INLINE Vec<T>& vec(T* p) {
-  return *reinterpret_cast<Vec<T>*>(p);
+INLINE Vec<T> vec(const T* from) {
+  typedef Vec<T> Unaligned __attribute__((aligned(1), may_alias));
+  return *reinterpret_cast<const Unaligned*>(from);
 }
 template <class T>
-INLINE const Vec<T>& vec(const T* p) {
-  return *reinterpret_cast<const Vec<T>*>(p);
+INLINE void store(T* to, const Vec<T>& x) {
+  typedef Vec<T> Unaligned __attribute__((aligned(1), may_alias));
+  *reinterpret_cast<Unaligned*>(to) = x;
 }
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
@@ -67,16 +68,50 @@ INLINE void fill(T* p, int64_t n, T value) {
   for (int64_t i = 0; i < n; ++i) p[i] = value;
 }
 
-// acc += y * x, every lane on its own; a Pair adds two products.
 template <class T>
-INLINE void multiply_add(Vec<T>& acc, T y, const Vec<T>& x) {
-  acc += y * x;
+INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};  // exact for every x
+}
+
+// x y + z, rounded once; twice where no instruction does it. The compiler makes none of its own
+// (-ffp-contract=off), so that every rounding is to be read in these files. A Pair adds two
+// products.
+INLINE Vec<float> multiply_add(const Vec<float>& x, const Vec<float>& y, const Vec<float>& z) {
+#if FA3NPU_AVX512
+  return _mm512_fmadd_ps(x, y, z);
+#elif FA3NPU_BYTES == 32
+  return _mm256_fmadd_ps(x, y, z);
+#elif defined(__aarch64__)
+  return vfmaq_f32(z, x, y);
+#else
+  return x * y + z;
+#endif
+}
+INLINE Vec<double> multiply_add(const Vec<double>& x, const Vec<double>& y, const Vec<double>& z) {
+#if FA3NPU_AVX512
+  return _mm512_fmadd_pd(x, y, z);
+#elif FA3NPU_BYTES == 32
+  return _mm256_fmadd_pd(x, y, z);
+#elif defined(__aarch64__)
+  return vfmaq_f64(z, x, y);
+#else
+  return x * y + z;
+#endif
 }
 #if FA3NPU_BFLOAT16
-INLINE void multiply_add(Vec<float>& acc, Pair y, const Vec<Pair>& x) {
+INLINE Vec<Pair> splat(Pair x) {
   int32_t both;
-  __builtin_memcpy(&both, &y, 4);
-  acc = _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(both), (__m512bh)x);
+  __builtin_memcpy(&both, &x, 4);
+  return (Vec<Pair>)_mm512_set1_epi32(both);
+}
+INLINE Vec<float> multiply_add(const Vec<Pair>& x, const Vec<Pair>& y, const Vec<float>& z) {
+#if defined(__clang__)  // clang 16 never comes back from weighing a shuffle of bfloat16 vectors
+  Vec<float> sum = z;
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
+  return sum;
+#else
+  return _mm512_dpbf16_ps(z, (__m512bh)x, (__m512bh)y);
+#endif
 }
 #endif
 
@@ -93,35 +128,40 @@ INLINE Reduced reduced(const Vec<float>& x) {
   const Vec<float> n = _mm512_roundscale_ps(x * 1.44269504088896341f, 0);
 #else
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec<float> n = (x * 1.44269504088896341f + magic) - magic;
+  const Vec<float> n = multiply_add(x, splat(1.44269504088896341f), splat(magic)) - magic;
 #endif
-  return {n, (x - n * 0.693359375f) - n * -2.12194440e-4f};
+  const Vec<float> r = multiply_add(n, splat(-0.693359375f), x);
+  return {n, multiply_add(n, splat(2.12194440e-4f), r)};
 }
 
 INLINE Vec<float> exp_tail(const Vec<float>& r) {  // e^r = 1 + r + r^2 exp_tail(r)
-  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  return p * r + 5.0000001201e-1f;
+  Vec<float> p = multiply_add(r, splat(1.9875691500e-4f), splat(1.3981999507e-3f));
+  p = multiply_add(p, r, splat(8.3334519073e-3f));
+  p = multiply_add(p, r, splat(4.1665795894e-2f));
+  p = multiply_add(p, r, splat(1.6666665459e-1f));
+  return multiply_add(p, r, splat(5.0000001201e-1f));
+}
+
+INLINE Vec<float> exp_of_remainder(const Vec<float>& r) {
+  return multiply_add(multiply_add(exp_tail(r), r, splat(1.0f)), r, splat(1.0f));
 }
 
 INLINE Vec<float> power_of_2(const Vec<float>& n) {
   typedef typename Vector<float>::bits Bits;
   const Bits exponent = (__builtin_convertvector(n, Bits) + 127) << 23;
-  return reinterpret_cast<const Vec<float>&>(exponent);
+  return (Vec<float>)exponent;
 }
 
 INLINE Vec<float> exp_(const Vec<float>& x) {
 #if FA3NPU_AVX512
   const Reduced e = reduced(x);
-  const Vec<float> y = (exp_tail(e.r) * e.r + 1.0f) * e.r + 1.0f;
+  const Vec<float> y = exp_of_remainder(e.r);
   const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ);
   return _mm512_maskz_scalef_ps(normal, y, e.n);
 #else
   const auto in_range = (x >= -87.33654f) & (x <= 88.37626f);
   const Reduced e = reduced(in_range ? x : Vec<float>{});
-  const Vec<float> y = (exp_tail(e.r) * e.r + 1.0f) * e.r + 1.0f;
+  const Vec<float> y = exp_of_remainder(e.r);
   const Vec<float> outside = x > 0.0f ? Vec<float>{} + kInf : (x < 0.0f ? Vec<float>{} : x);
   return in_range ? y * power_of_2(e.n) : outside;
 #endif
@@ -135,19 +175,19 @@ INLINE Vec<double> exp_(const Vec<double>& x) {
 
 template <class T>
 INLINE T exp1(T x) {
-  return exp_(Vec<T>{} + x)[0];  // the vector's own, so that one row of one key has the same bits
+  return exp_(splat(x))[0];  // the vector's own, so that one row of one key has the same bits
 }
 
 // softcap * tanh(x / softcap), tanh(y) = (e^2y - 1) / (e^2y + 1) with both from the same e^r - 1:
 // at most 6 ulp
 INLINE Vec<float> softcapped(const Vec<float>& x, float softcap) {
   const Vec<float> y = x * (2.0f / softcap);
-  const Vec<float> bounded =
-      y > 40.0f ? Vec<float>{} + 40.0f : (y < -40.0f ? Vec<float>{} - 40.0f : y);
+  const Vec<float> bounded = y > 40.0f ? splat(40.0f) : (y > -40.0f ? y : splat(-40.0f));
   const Reduced e = reduced(bounded);
-  const Vec<float> power = power_of_2(e.n), q = exp_tail(e.r) * (e.r * e.r) + e.r;
-  const Vec<float> less_one = q * power + (power - 1.0f);
-  return softcap * less_one / (less_one + 2.0f);
+  const Vec<float> power = power_of_2(e.n), q = multiply_add(exp_tail(e.r), e.r * e.r, e.r);
+  const Vec<float> less_one = multiply_add(q, power, power - 1.0f);
+  const Vec<float> capped = softcap * less_one / (less_one + 2.0f);
+  return x == x ? capped : x;
 }
 INLINE Vec<double> softcapped(const Vec<double>& x, double softcap) {
   Vec<double> y;
@@ -158,6 +198,16 @@ INLINE Vec<double> softcapped(const Vec<double>& x, double softcap) {
 // ---- a square of lanes x lanes, transposed ----
 
 #if FA3NPU_AVX512
+INLINE Vec<float> lanes_of(const Vec<float>& a, const Vec<float>& b, const __m512i& which) {
+  return _mm512_permutex2var_ps(a, which, b);
+}
+INLINE Vec<double> lanes_of(const Vec<double>& a, const Vec<double>& b, const __m512i& which) {
+  return _mm512_permutex2var_pd(a, which, b);
+}
+INLINE Vec<Pair> lanes_of(const Vec<Pair>& a, const Vec<Pair>& b, const __m512i& which) {
+  return (Vec<Pair>)_mm512_permutex2var_epi32((__m512i)a, which, (__m512i)b);
+}
+
 // Which lanes of two vectors make the first and the second one after quarters of size `half` swap.
 template <class U, class Index>
 struct Swaps {
@@ -173,17 +223,15 @@ struct Swaps {
 
 template <class U, int Half>
 INLINE void swap_quarters(Vec<U>* x) {
-  typedef typename Vector<U>::bits Bits;
   typedef std::conditional_t<sizeof(U) == 4, int32_t, int64_t> Index;
   static constexpr Swaps<U, Index> swaps(Half);
-  const Bits first = reinterpret_cast<const Bits&>(swaps.first);
-  const Bits second = reinterpret_cast<const Bits&>(swaps.second);
+  const __m512i first = _mm512_load_si512(swaps.first), second = _mm512_load_si512(swaps.second);
 #pragma GCC unroll 16
   for (int i = 0; i < kLanes<U>; ++i) {
     if (i & Half) continue;
     const Vec<U> a = x[i], b = x[i + Half];
-    x[i] = __builtin_shuffle(a, b, first);
-    x[i + Half] = __builtin_shuffle(a, b, second);
+    x[i] = lanes_of(a, b, first);
+    x[i + Half] = lanes_of(a, b, second);
   }
 }
 #endif
@@ -201,7 +249,7 @@ INLINE void transpose(const Load& load, U* to, int64_t ld) {
   swap_quarters<U, 2>(x);
   swap_quarters<U, 1>(x);
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) vec(to + i * ld) = x[i];
+  for (int i = 0; i < L; ++i) store(to + i * ld, x[i]);
 #else
   for (int i = 0; i < L; ++i)
     for (int j = 0; j < L; ++j) to[j * ld + i] = x[i][j];
@@ -219,7 +267,7 @@ INLINE Vec<T> reduce(const Vec<T>* x, const F& combine) {
   for (int half = L / 2; half > 0; half /= 2)
 #pragma GCC unroll 16
     for (int i = 0; i < half; ++i)
-      vec(squares + i * L) = combine(vec(squares + i * L), vec(squares + (i + half) * L));
+      store(squares + i * L, combine(vec(squares + i * L), vec(squares + (i + half) * L)));
   return vec(squares);
 }
 
@@ -231,6 +279,21 @@ INLINE Vec<T> sums(const Vec<T>* x) {
 template <class T>
 INLINE Vec<T> maxima(const Vec<T>* x) {
   return reduce<T>(x, [](const auto& a, const auto& b) { return a > b ? a : b; });
+}
+
+// Bit i: whether lane i is not y.
+template <class T>
+INLINE uint64_t lanes_unlike(const Vec<T>& x, T y) {
+#if FA3NPU_AVX512
+  if constexpr (sizeof(T) == 4)
+    return _mm512_cmp_ps_mask(x, splat(y), _CMP_NEQ_UQ);
+  else
+    return _mm512_cmp_pd_mask(x, splat(y), _CMP_NEQ_UQ);
+#else
+  uint64_t lanes = 0;
+  for (int64_t i = 0; i < kLanes<T>; ++i) lanes |= uint64_t(x[i] != y) << i;
+  return lanes;
+#endif
 }
 
 template <class T>

@@ -40,7 +40,7 @@ namespace {
 #include "cpu/product.h"
 // clang-format on
 
-// Not __FMA__: g++ 12 does not define it after a #pragma GCC target.
+// Not __FMA__: no compiler defines it after a pragma.
 #if defined(__aarch64__)
 constexpr bool kFused = true;
 #else
@@ -100,7 +100,7 @@ void check_ulps(const char* name, double bound, float low, float high, const F& 
   const std::vector<float> x = samples(low, high);
   for (size_t i = 0; i < x.size(); i += kLanes<float>) {
     float y[kLanes<float>];
-    vec(y) = f(vec(&x[i]));
+    store(y, f(vec(&x[i])));
     for (int64_t lane = 0; lane < kLanes<float>; ++lane) {
       const double error = ulps(y[lane], want(double(x[i + lane])));
       if (error > worst || std::isnan(error)) worst = error, worst_at = x[i + lane];
@@ -110,6 +110,28 @@ void check_ulps(const char* name, double bound, float low, float high, const F& 
   }
   std::printf("%-28s %.4f ulp at %.9g\n", name, worst, worst_at);
   check(worst <= bound, "%s: more than %g ulp", name, bound);
+}
+
+// Every rounding is where the source has one: the compiler fuses nothing, multiply_add does.
+template <class T>
+void test_roundings() {
+  constexpr int64_t L = kLanes<T>;
+  const auto alone = [](T x, T y, T z) {
+    const volatile T product = x * y;
+    return T(product + z);
+  };
+  for (int round = 0; round < 1000; ++round) {
+    T x[L], y[L], z[L], written[L], fused[L];
+    for (int64_t i = 0; i < L; ++i)
+      x[i] = T(uniform()), y[i] = T(uniform()), z[i] = -x[i] * y[i];  // what is left is a rounding
+    store(written, vec(x) * vec(y) + vec(z));
+    store(fused, multiply_add(vec(x), vec(y), vec(z)));
+    for (int64_t i = 0; i < L; ++i) {
+      check(same(T(x[i] * y[i] + z[i]), alone(x[i], y[i], z[i])), "a sum of numbers is fused");
+      check(same(written[i], alone(x[i], y[i], z[i])), "a sum of vectors is fused");
+      check(same(fused[i], kFused ? std::fma(x[i], y[i], z[i]) : written[i]), "multiply_add");
+    }
+  }
 }
 
 void test_exp() {
@@ -128,7 +150,7 @@ void test_exp() {
     for (int64_t lane = 0; lane < kLanes<float>; ++lane) {
       float in[kLanes<float>], out[kLanes<float>];
       for (int64_t i = 0; i < kLanes<float>; ++i) in[i] = i == lane ? x : float(-i);
-      vec(out) = exp_(vec(in));
+      store(out, exp_(vec(in)));
       const bool right = std::isnan(want) ? std::isnan(out[lane]) : same(out[lane], want);
       check(right, "exp(%g) is %g, not %g", x, out[lane], want);
       check(same(exp1(x), out[lane]), "exp1(%g) has other bits than exp_", x);
@@ -137,7 +159,7 @@ void test_exp() {
   double x[kLanes<double>], y[kLanes<double>];
   for (int i = 0; i < 1000; ++i) {
     for (double& one : x) one = 700 * uniform();
-    vec(y) = exp_(vec(x));
+    store(y, exp_(vec(x)));
     for (int64_t lane = 0; lane < kLanes<double>; ++lane)
       check(same(y[lane], std::exp(x[lane])), "exp of double at %g", x[lane]);
   }
@@ -197,6 +219,18 @@ void test_reductions() {
   }
 }
 
+template <class T>
+void test_lanes_unlike() {
+  for (const T other : {T(0), T(1.5), T(kInf), std::numeric_limits<T>::quiet_NaN()})
+    for (int64_t i = 0; i < kLanes<T>; ++i) {
+      T x[kLanes<T>];
+      std::fill_n(x, kLanes<T>, T(1));
+      check(lanes_unlike(vec(x), T(1)) == 0, "lanes_unlike of the same");
+      x[i] = x[0] = other;
+      check(lanes_unlike(vec(x), T(1)) == (uint64_t(1) << i | 1), "lanes_unlike at %d", int(i));
+    }
+}
+
 template <class U>
 void test_transpose() {
   typedef std::conditional_t<sizeof(U) == 4, uint32_t, uint64_t> Bits;
@@ -251,7 +285,7 @@ void test_loads(const Format& format, const Scalar& scalar) {
     uint16_t bits[L + 1];
     float row[L + 1], y[L];
     for (int i = 0; i <= L; ++i) bits[i] = uint16_t(first + i);
-    vec(y) = From::vector(reinterpret_cast<const char*>(bits));
+    store(y, From::vector(reinterpret_cast<const char*>(bits)));
     load_row<float>(reinterpret_cast<const char*>(bits), format.dtype, L + 1, row);
     for (int i = 0; i < L; ++i) {
       const float want = format.value(first + i);
@@ -395,7 +429,7 @@ void test_pairs() {
     uint16_t in_order[2 * L];
     Pair side_by_side[L];
     narrow(vec(x), vec(y), reinterpret_cast<Pair*>(in_order));
-    vec(side_by_side) = pair_up(vec(x), vec(y));
+    store(side_by_side, pair_up(vec(x), vec(y)));
     for (int j = 0; j < 2 * L; ++j) {
       const Pair pair = side_by_side[j % L];
       for (const uint16_t got : {in_order[j], j < L ? pair.first : pair.second})
@@ -605,10 +639,14 @@ int run() {
   syscall(SYS_arch_prctl, 0x1023, 18);  // as in kernels.cpp: may this process use tiles?
 #endif
   std::puts(FA3NPU_NAME);
+  test_roundings<float>();
+  test_roundings<double>();
   test_exp();
   test_softcapped();
   test_reductions<float>();
   test_reductions<double>();
+  test_lanes_unlike<float>();
+  test_lanes_unlike<double>();
   test_transpose<float>();
   test_transpose<double>();
   test_loads<FromHalf>(kHalf, [](uint16_t h) { return half_to_float(h); });
@@ -643,3 +681,7 @@ int run() {
 }  // namespace fa3npu
 
 int main() { return fa3npu::run(); }
+
+#if FA3NPU_BYTES > 16  // as the header began it
+FA3NPU_TARGET_END
+#endif

@@ -97,7 +97,8 @@ def test_every_function(name: str, dynamic: str, backend: str) -> None:
         scales = (0.25, 0.5, 1.0)
         for s in scales:
             assert torch.equal(compiled(*qkv, s), step(*qkv, s)), s
-        assert counter.frame_count <= len(scales)  # a recompile a number
+        # A compilation for each number; the second is begun with a symbol, and once more without.
+        assert counter.frame_count <= len(scales) + 1
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

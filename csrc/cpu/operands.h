@@ -229,10 +229,10 @@ struct QueryTile {
     return ((index >= begin) & (index < end)) ? x : Vec<T>{} - T(kInf);
   }
 
-  // Whether row r's logits at the keys of the block are its scores times a positive softmax_scale.
+  // Whether row r's logits at the keys of the block are its scores times softmax_scale.
   bool plain(int64_t r, int64_t block) const {
     return keys[r].begin <= block && keys[r].end >= block + kKeyBlock && a.softcap <= 0 &&
-           slope[r] == 0 && a.softmax_scale > 0;
+           slope[r] == 0;
   }
 
   // How many keys of the block the rows that see most of it see, rounded up to whole steps.

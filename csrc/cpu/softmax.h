@@ -35,43 +35,42 @@ INLINE void softmax_step(const QueryTile<U>& q, int64_t first, int64_t count, in
                          int64_t columns, Sum<U>* scores, U* p, const State<Sum<U>>& state) {
   typedef Sum<U> T;
   constexpr int64_t L = kLanes<T>;
+  const T scale = T(q.a.softmax_scale);
   Vec<T> x[L];  // by row: its greatest logits, then its sums
-  T factor[L];  // by row: what its logits are still to be multiplied by
-  for (int64_t i = 0; i < L; ++i) x[i] = splat(-T(kInf)), factor[i] = 1;
+  for (int64_t i = 0; i < L; ++i) x[i] = Vec<T>{} - T(kInf);
   for (int64_t i = 0; i < count; ++i) {
     T* row = scores + i * kKeyBlock;
-    if (q.plain(first + i, block)) {
-      factor[i] = T(q.a.softmax_scale);
-      Vec<T> even = x[i], odd = x[i];
-      for (int64_t lane = 0; lane < columns; lane += 2 * L) {
-        even = greater(even, vec(row + lane));
-        odd = greater(odd, vec(row + lane + L));
-      }
-      x[i] = greater(even, odd);
-    } else {
+    Vec<T> greatest = x[i];
+    const auto take = [&](const auto& logits) INLINE_LAMBDA {
+#pragma GCC unroll 4
       for (int64_t lane = 0; lane < columns; lane += L) {
-        const Vec<T> y = q.logits(first + i, block, lane, vec(row + lane));
+        const Vec<T> y = logits(lane, vec(row + lane));
         store(row + lane, y);
-        x[i] = greater(x[i], y);
+        greatest = y > greatest ? y : greatest;
       }
-    }
+    };
+    if (q.plain(first + i, block))
+      take([&](int64_t, const Vec<T>& score) INLINE_LAMBDA { return score * scale; });
+    else
+      take([&](int64_t lane, const Vec<T>& score) {
+        return q.logits(first + i, block, lane, score);
+      });
+    x[i] = greatest;
   }
-  const Vec<T> before = vec(state.maximum + first), top = maxima<T>(x) * vec(factor);
-  const Vec<T> none = splat(-T(kInf));
+  const Vec<T> before = vec(state.maximum + first), top = maxima<T>(x), none = splat(-T(kInf));
   const Vec<T> maximum = top > before + kSlack<U> ? top : before;
   store(state.maximum + first, maximum);
   T base[L], alpha[L];
   store(base, maximum == none ? Vec<T>{} : maximum);  // -inf - -inf would be NaN
-  store(alpha, before == none ? splat(T(1)) : exp_(before - vec(base)));
+  store(alpha, before == none ? Vec<T>{} + T(1) : exp_(before - vec(base)));
 
   for (int64_t i = 0; i < L; ++i) x[i] = Vec<T>{};
   for (int64_t i = 0; i < count; ++i) {
     Vec<T> total{};
-    const Vec<T> scale = splat(factor[i]), shift = splat(-base[i]);
+    const T b = base[i];
 #pragma GCC unroll 2
     for (int64_t j = i * kKeyBlock; j < i * kKeyBlock + columns; j += 2 * L) {
-      const Vec<T> y = exp_(multiply_add(vec(scores + j), scale, shift));
-      const Vec<T> z = exp_(multiply_add(vec(scores + j + L), scale, shift));
+      const Vec<T> y = exp_(vec(scores + j) - b), z = exp_(vec(scores + j + L) - b);
       narrow(y, z, p + j / kDepth<U>);
       total += y;
       total += z;
@@ -79,9 +78,13 @@ INLINE void softmax_step(const QueryTile<U>& q, int64_t first, int64_t count, in
     x[i] = total;
   }
   store(state.sum + first, multiply_add(vec(state.sum + first), vec(alpha), sums<T>(x)));
-  for (uint64_t rows = lanes_unlike(vec(alpha), T(1)); rows != 0; rows &= rows - 1) {
-    const int64_t i = __builtin_ctzll(rows);
-    T* out = state.out + (first + i) * state.ld;
-    for (int64_t c = 0; c < state.ld; c += L) store(out + c, vec(out + c) * alpha[i]);
+  int64_t rescaled[L], n = 0;  // found without a branch, which would often be mispredicted
+  for (int64_t i = 0; i < count; ++i) {
+    rescaled[n] = i;
+    n += alpha[i] != T(1);
+  }
+  for (int64_t k = 0; k < n; ++k) {
+    T* out = state.out + (first + rescaled[k]) * state.ld;
+    for (int64_t c = 0; c < state.ld; c += L) store(out + c, vec(out + c) * alpha[rescaled[k]]);
   }
 }

@@ -281,21 +281,6 @@ INLINE Vec<T> maxima(const Vec<T>* x) {
   return reduce<T>(x, [](const auto& a, const auto& b) { return a > b ? a : b; });
 }
 
-// Bit i: whether lane i is not y.
-template <class T>
-INLINE uint64_t lanes_unlike(const Vec<T>& x, T y) {
-#if FA3NPU_AVX512
-  if constexpr (sizeof(T) == 4)
-    return _mm512_cmp_ps_mask(x, splat(y), _CMP_NEQ_UQ);
-  else
-    return _mm512_cmp_pd_mask(x, splat(y), _CMP_NEQ_UQ);
-#else
-  uint64_t lanes = 0;
-  for (int64_t i = 0; i < kLanes<T>; ++i) lanes |= uint64_t(x[i] != y) << i;
-  return lanes;
-#endif
-}
-
 template <class T>
 INLINE T greater(T a, T b) {
   return b > a ? b : a;

@@ -85,7 +85,7 @@ class TestAppend:
             call = caches | {name: shared}
             if backend != "eager" and 0 not in shared.stride():
                 continue  # a compiler writes a copy, and copies it back
-            with pytest.raises(RuntimeError, match="place for every element|single memory"):
+            with pytest.raises(RuntimeError, match=r"place for every element|single memory"):
                 run(append, backend, rand(2, 1, 2, 16), *call.values())
             assert torch.equal(shared, before)
 

@@ -219,18 +219,6 @@ void test_reductions() {
   }
 }
 
-template <class T>
-void test_lanes_unlike() {
-  for (const T other : {T(0), T(1.5), T(kInf), std::numeric_limits<T>::quiet_NaN()})
-    for (int64_t i = 0; i < kLanes<T>; ++i) {
-      T x[kLanes<T>];
-      std::fill_n(x, kLanes<T>, T(1));
-      check(lanes_unlike(vec(x), T(1)) == 0, "lanes_unlike of the same");
-      x[i] = x[0] = other;
-      check(lanes_unlike(vec(x), T(1)) == (uint64_t(1) << i | 1), "lanes_unlike at %d", int(i));
-    }
-}
-
 template <class U>
 void test_transpose() {
   typedef std::conditional_t<sizeof(U) == 4, uint32_t, uint64_t> Bits;
@@ -645,8 +633,6 @@ int run() {
   test_softcapped();
   test_reductions<float>();
   test_reductions<double>();
-  test_lanes_unlike<float>();
-  test_lanes_unlike<double>();
   test_transpose<float>();
   test_transpose<double>();
   test_loads<FromHalf>(kHalf, [](uint16_t h) { return half_to_float(h); });

@@ -189,6 +189,23 @@ def test_gradient_of_sinks() -> None:
     torch.testing.assert_close(got.cpu().double(), want.double(), rtol=1e-3, atol=1e-3)
 
 
+@FALLBACK
+@pytest.mark.parametrize("backend", ["flash_attn_npu", "torch"])
+def test_gradients_beside_sinks_without_end(backend: str) -> None:
+    """-inf is no sink, +inf takes all weight: in the reference a number far from the scores."""
+    tensors = [*dense(64, 64, torch.float16), torch.tensor([-1e4, 0.5, 1e4, 0.0])]
+    leaves = [x.detach().double().requires_grad_() for x in tensors]
+    out, _ = reference.batched(*leaves[:3], sinks=leaves[3], causal=True)
+    want = torch.autograd.grad(out.square().sum(), leaves)
+    tensors[3] = torch.tensor([-torch.inf, 0.5, torch.inf, 0.0])
+    leaves = [x.detach().npu().requires_grad_() for x in tensors]
+    with fa3_ops.use_backend(backend):
+        out = fa3_ops.flash_attn_func(*leaves[:3], sinks=leaves[3], causal=True)
+        got = torch.autograd.grad(out.float().square().sum(), leaves)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.cpu().double(), w, rtol=0.02, atol=0.02)
+
+
 def test_the_deterministic_flag_reaches_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     found = device.kernel()
     assert not isinstance(found, str)

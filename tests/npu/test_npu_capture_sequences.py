@@ -116,7 +116,7 @@ STEP = st.tuples(st.sampled_from(HOW), st.sampled_from(BATCHES), st.booleans())
 CALL = st.sampled_from([{}, {}, {"window_size": (9, 0)}, {"softcap": 2.0}, {"softmax_scale": 0.3}])
 
 
-@examples_of(15)
+@examples_of(10)
 @given(
     steps=st.lists(STEP, min_size=2, max_size=10),
     group=st.sampled_from([1, 2, 3]),

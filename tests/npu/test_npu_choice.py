@@ -502,10 +502,16 @@ class TestRelease03:
         call = self.packed(1100, **call)
         self.check(call, lacks)
 
+    @pytest.mark.parametrize("window_size", [(-1, -1), (40, 0), (39, 0)])
     @pytest.mark.parametrize("seqlens", [(8, 40), (9, 40)])
-    def test_causal_of_fewer_keys_than_rows(self, seqlens: tuple[int, int]) -> None:
+    def test_causal_of_fewer_keys_than_rows(
+        self, seqlens: tuple[int, int], window_size: tuple[int, int]
+    ) -> None:
+        """A window that reaches past every key is causal to the kernel."""
         call = decode() | {"q": rand(2, 9, 8, 128, dtype=HALF), "cache_seqlens": ints(*seqlens)}
-        self.check(call, "causal with more rows" if seqlens[0] < 9 else "")
+        call |= {"causal": window_size == (-1, -1), "window_size": window_size}
+        lost = seqlens[0] < 9 and window_size != (39, 0)
+        self.check(call, "causal with more rows" if lost else "")
 
     @staticmethod
     def check(call: dict[str, Any], lacks: str) -> None:

@@ -60,7 +60,7 @@ def test_every_operator(op: Any, dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("any_kernel")
 class TestRandomCalls:
-    @examples_of(8)
+    @examples_of(4)
     @given(for_kernels(dense_calls(DTYPES, SOME_HEADDIMS)))
     def test_dense(self, call: dict[str, Any]) -> None:
         out, lse = fa3_ops.flash_attn_func(**to_npu(call, OTHER), return_attn_probs=True)
@@ -68,7 +68,7 @@ class TestRandomCalls:
         assert_close(out, want, call["q"].dtype)
         assert_lse(lse, want_lse, call["q"].dtype)
 
-    @examples_of(8)
+    @examples_of(4)
     @given(for_kernels(varlen_calls(DTYPES, SOME_HEADDIMS)))
     def test_varlen(self, call: dict[str, Any]) -> None:
         bounds = {"max_seqlen_q": 40, "max_seqlen_k": 70}
@@ -78,7 +78,7 @@ class TestRandomCalls:
         assert_close(out, want, call["q"].dtype)
         assert_lse(lse, want_lse, call["q"].dtype)
 
-    @examples_of(8)
+    @examples_of(4)
     @given(for_kernels(kvcache_calls(DTYPES, SOME_HEADDIMS)))
     def test_kvcache(self, call: dict[str, Any]) -> None:
         out, lse = fa3_ops.flash_attn_with_kvcache(**to_npu(call, OTHER), return_softmax_lse=True)

@@ -40,14 +40,17 @@ def not_supported(call: Attention, can: Capabilities) -> list[str]:
     if call.attention_chunk > 0:
         reasons.append("attention_chunk")
     seqlens = call.seqlens or ()
+    longest_k = max((k for q, k in seqlens if q > 0), default=0)
     if call.is_local:
         if not can.window:
             reasons.append("window_size")
-        if seqlens and cuts_window(call, max((k for q, k in seqlens if q > 0), default=0)):
+        if seqlens and cuts_window(call, longest_k):
             reasons.append("window_size with more rows of q than keys")
         if not can.window_of_few_rows and may_flash_decode(call):
             reasons.append("window_size over 1024 keys or more of few packed rows of q")
-    if call.causal and not can.causal_of_few_keys and any(0 < k < q for q, k in seqlens):
+    left, right = call.window_size
+    counts_as_causal = right == 0 and not 0 <= left < longest_k
+    if counts_as_causal and not can.causal_of_few_keys and any(0 < k < q for q, k in seqlens):
         reasons.append("causal with more rows of q than keys")
     if call.softcap > 0 and not can.softcap:
         reasons.append("softcap")

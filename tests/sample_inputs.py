@@ -151,6 +151,12 @@ def flash_attn_with_kvcache() -> Iterator[Sample]:
         (rand(2, 3, 4, 16), *cache, *new),
         {"rotary_cos": cos, "rotary_sin": sin, "cache_seqlens": ints(0, 17), "causal": True},
     )
+    cache, new = ((rand(2, n, 2, 16).half(), rand(2, n, 2, 16).half()) for n in (20, 3))
+    yield (
+        (rand(2, 3, 4, 16).half(), *cache, *new),
+        {"rotary_cos": cos, "rotary_sin": sin, "cache_seqlens": ints(0, 17)}
+        | {"seqused_q": ints(3, 1)},
+    )
     pages = (rand(10, 4, 2, 16), rand(10, 4, 2, 16))
     yield (
         (rand(5, 4, 16), *pages, rand(4, 2, 16), rand(4, 2, 16)),

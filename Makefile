@@ -80,7 +80,6 @@ $(NPU_VENV)/build: $(NPU_VENV)/packages $(VENV)/build
 
 $(NPU_VENV)/emulator: $(NPU_VENV)/packages $(EMULATOR_SOURCES)
 	@echo "==> Building the emulated NPU (about half a minute)"
-	@rm -f .venv-npu*/emulator  # its libraries lie in one place: the last built ones count
 	@PYTHONPATH=$(EMULATOR) $(NPU)/python -m cann_emulator.build
 	@touch $@
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 REFUSALS = (RuntimeError, ValueError, TypeError, NotImplementedError)
 LONGEST = 60  # seconds of one call
+QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL", "PYTHONWARNINGS": "ignore"}  # thousands are refused
 
 
 class Fault(Exception):
@@ -175,7 +176,7 @@ def process(capability: str, seed: int, calls: int, seconds: float) -> tuple[Cou
         command = [sys.executable, __file__, "--progress", progress.name, f"--seed={seed}"]
         worker = subprocess.run(
             [*command, f"--calls={calls}", f"--seconds={seconds}"],
-            env=os.environ | {"FA3NPU_CPU_CAPABILITY": capability},
+            env=os.environ | QUIET | {"FA3NPU_CPU_CAPABILITY": capability},
             stdout=subprocess.PIPE,
             text=True,
             check=False,

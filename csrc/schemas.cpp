@@ -87,8 +87,8 @@ STABLE_TORCH_LIBRARY(fa3npu, m) {
       "int attention_chunk=0, bool has_softcap=False, int num_splits=0, bool? pack_gqa=None, "
       "int sm_margin=0, float softcap=0.0, float? softmax_scale=None) -> Tensor");
 
-  // The gradient of what has none: raises when it runs, so that a compiler can trace a backward that
-  // nobody asks for.
+  // The gradient of what has none: raises when it runs, so that a compiler can trace a backward
+  // that nobody asks for.
   m.def("no_gradient(Tensor gradient, SymInt[] size, ScalarType dtype, str of) -> Tensor");
 
   m.def("cpu_capability() -> str");    // the instruction set that the CPU kernels run on

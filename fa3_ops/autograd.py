@@ -219,11 +219,13 @@ def differentiable(op: Any, backward_op: Any) -> type[Recorded]:
                 gradients = {"q": dq, "k": dk, "v": dv}
                 if sinks is not None:
                     gradients["sinks"] = _dsinks(sinks, dout, out, softmax_lse, dlse)
+            needed = [n for n, need in zip(names, ctx.needs_input_grad[1:], strict=False) if need]
+            other = next((n for n in needed if n not in ("q", "k", "v", "sinks")), None)
+            of = ctx.no_gradient if other is None else f"{other} of {name}"
             result: list[Tensor | None] = [None]
-            for i, like in enumerate(ctx.inputs):
-                gradient = gradients.get(names[i])
-                if gradient is None and ctx.needs_input_grad[i + 1]:
-                    of = ctx.no_gradient or f"{names[i]} of {name}"
+            for n, like in zip(names, ctx.inputs, strict=False):
+                gradient = gradients.get(n)
+                if gradient is None and n in needed:
                     gradient = ops.no_gradient(some, *like, of)
                 result.append(gradient)
             return tuple(result)
@@ -236,8 +238,9 @@ for _op, _backward in (
     (ops.flash_attn_varlen_func.default, ops.flash_attn_varlen_func_backward.default),
 ):
     register(_op, differentiable(_op, _backward))
-    register(_backward, without_gradient(f"the backward of {name_of(_op)}"))
 for _op in (
+    ops.flash_attn_func_backward.default,
+    ops.flash_attn_varlen_func_backward.default,
     ops.flash_attn_kvcache.default,
     ops.apply_rotary.default,
     ops.flash_attn_combine.default,

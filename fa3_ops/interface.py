@@ -346,8 +346,8 @@ def flash_attn_qkvpacked_func(
         checks.shape(qkv, ("batch_size", "seqlen", "num_heads_q + 2 * nheads_k", "headdim"), "qkv")
         if num_heads_q is None:
             raise ValueError("num_heads_q must be given for a 4-dimensional qkv, got None")
-        nheads_k, rest = divmod(qkv.shape[2] - num_heads_q, 2)
-        if rest or nheads_k <= 0:
+        nheads_k = (qkv.shape[2] - num_heads_q) // 2
+        if nheads_k <= 0 or num_heads_q + 2 * nheads_k != qkv.shape[2]:
             raise ValueError(
                 f"num_heads_q must leave an even number of heads for k and v, got {num_heads_q} "
                 f"of {qkv.shape[2]}"

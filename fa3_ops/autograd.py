@@ -53,18 +53,19 @@ def below_autograd(op: Any, keyset: Any, *args: Any, **kwargs: Any) -> Any:
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
 
 
-class Recorded(torch.autograd.Function):
-    """A node of autograd's graph."""
+class Recorded(torch.autograd.function._SingleLevelFunction):
+    """A node of autograd's graph, for one level of torch.func's transforms: what reaches the
+    Autograd key are the tensors of that level, and a torch.autograd.Function would start the
+    transform once more."""
 
     name: str
+    apply: Any
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
 
     @classmethod
     def record(cls, run: Any, *args: Any) -> Any:
-        """apply, for one level of torch.func's transforms: what reaches the Autograd key are the
-        tensors of that level, and Function.apply would start the transform once more."""
-        apply = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
         if not torch._C._are_functorch_transforms_active():
-            return apply(run, *args)
+            return cls.apply(run, *args)
         grad_mode = torch.is_grad_enabled()
 
         def run_for_outer_levels(*args: Any) -> Any:
@@ -74,7 +75,7 @@ class Recorded(torch.autograd.Function):
                 return run(*args)
 
         with enable_single_level_autograd_function():
-            return apply(run_for_outer_levels, *args)
+            return cls.apply(run_for_outer_levels, *args)
 
     @classmethod
     def jvp(cls, ctx: Any, *tangents: Tensor | None) -> NoReturn:

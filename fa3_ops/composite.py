@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fa3_ops import checks
 from fa3_ops.autograd import refuse_forward_mode, requires_grad, severed
@@ -178,7 +179,8 @@ def _append(
 
 
 def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    refuse_forward_mode("flash_attn_with_kvcache", (*args, *kwargs.values()))
+    if forward_ad._current_level >= 0:
+        refuse_forward_mode("flash_attn_with_kvcache", (*args, *kwargs.values()))
     out, softmax_lse = ops.flash_attn_kvcache.default(*_append(*args, **kwargs))
     return out, softmax_lse
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from fa3_ops.autograd import is_watched
+from torch.autograd import forward_ad
 
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _TYPES = {
@@ -56,7 +55,9 @@ def only_the_kernel_sees(op: Any, arguments: tuple[object, ...]) -> bool:
         and not torch._C._is_torch_function_mode_enabled()
         and not torch._C._is_any_autocast_enabled()
         and _as_declared(op, tuple(map(type, arguments)))
-        and not is_watched(*arguments)
+        # autograd.is_watched, written out
+        and forward_ad._current_level < 0
+        and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments))
     )
 
 

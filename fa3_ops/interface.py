@@ -142,7 +142,8 @@ def flash_attn_func(
     if s_aux is not None or learnable_sink is not None:
         sinks = _one_of(sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
     window = _window(window_size)
-    attention_chunk, softcap, num_splits = _defaults(attention_chunk, softcap, num_splits, 1)
+    if attention_chunk is None or softcap is None or num_splits is None or num_splits == -1:
+        attention_chunk, softcap, num_splits = _defaults(attention_chunk, softcap, num_splits, 1)
     returns_lse = _returned(return_attn_probs, return_softmax_lse, dropout_p)
     if torch.compiler.is_compiling():
         softmax_scale, softcap = checks.constants(softmax_scale, softcap)
@@ -234,7 +235,8 @@ def flash_attn_varlen_func(
     if block_table is not None:
         page_table = _one_of(page_table=page_table, block_table=block_table)
     window = _window(window_size)
-    attention_chunk, softcap, num_splits = _defaults(attention_chunk, softcap, num_splits, 1)
+    if attention_chunk is None or softcap is None or num_splits is None or num_splits == -1:
+        attention_chunk, softcap, num_splits = _defaults(attention_chunk, softcap, num_splits, 1)
     returns_lse = _returned(return_attn_probs, return_softmax_lse, dropout_p)
     if torch.compiler.is_compiling():
         softmax_scale, softcap = checks.constants(softmax_scale, softcap)
@@ -453,7 +455,8 @@ def flash_attn_with_kvcache(
         sinks = _one_of(sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
     if type(return_softmax_lse) is not bool:
         check_kind(return_softmax_lse, bool, "return_softmax_lse")
-    attention_chunk, softcap, num_splits = _defaults(attention_chunk, softcap, num_splits, 0)
+    if attention_chunk is None or softcap is None or num_splits is None or num_splits == -1:
+        attention_chunk, softcap, num_splits = _defaults(attention_chunk, softcap, num_splits, 0)
     if isinstance(cache_seqlens, _INTS):
         batch = q.shape[:1] if cu_seqlens_q is None else (cu_seqlens_q.shape[0] - 1,)
         cache_seqlens = torch.full(batch, cache_seqlens, dtype=torch.int32, device=k_cache.device)
@@ -600,7 +603,8 @@ def get_scheduler_metadata(
     (ValueError): make it before each replay and copy it into the tensor that the captured call got.
     """
     check_kind(qkv_dtype, torch.dtype, "qkv_dtype")
-    attention_chunk, softcap, num_splits = _defaults(attention_chunk, softcap, num_splits, 0)
+    if attention_chunk is None or softcap is None or num_splits is None or num_splits == -1:
+        attention_chunk, softcap, num_splits = _defaults(attention_chunk, softcap, num_splits, 0)
     if cache_seqlens.dim() == 1 and cache_seqlens.shape[0] != batch_size:
         raise ValueError(
             f"batch_size must be the number of cache_seqlens, {cache_seqlens.shape[0]}, "

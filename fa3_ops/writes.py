@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fa3_ops.autograd import below_autograd, is_watched, name_of, refuse_forward_mode
 
@@ -29,7 +30,8 @@ def _refuse_leaf(x: Tensor, argument: str) -> None:
 
 def _refuse_derivatives(op: Any, tensors: dict[str, Tensor]) -> None:
     name = name_of(op)
-    refuse_forward_mode(name, tensors.values())
+    if forward_ad._current_level >= 0:
+        refuse_forward_mode(name, tensors.values())
     if not torch.is_grad_enabled():
         return
     for argument in op._schema.arguments:

@@ -155,7 +155,9 @@ Tensor contiguous_rows(const Tensor& t) {
 }
 
 AttentionCall::AttentionCall(const AttentionArguments& args)
-    : packed_q_(args.cu_seqlens_q.has_value()), packed_k_(args.cu_seqlens_k.has_value()) {
+    : args_(args),
+      packed_q_(args.cu_seqlens_q.has_value()),
+      packed_k_(args.cu_seqlens_k.has_value()) {
   const ScalarType dtype = args.q.scalar_type();
   check_attention_dtype(args.q, "q");
   check_dim(args.q, packed_q_ ? 3 : 4, "q");
@@ -166,10 +168,6 @@ AttentionCall::AttentionCall(const AttentionArguments& args)
   q_ = contiguous_rows(args.q);
   k_ = contiguous_rows(args.k);
   v_ = contiguous_rows(args.v);
-  for (const MaybeTensor& t :
-       {MaybeTensor(args.q), MaybeTensor(args.k), MaybeTensor(args.v), args.qv, args.page_table,
-        args.q_descale, args.k_descale, args.v_descale, args.alibi_slopes, args.sinks})
-    if (t) inputs_.push_back(*t);
   attention.q = rows_of(q_);
   attention.k = rows_of(k_);
   attention.v = rows_of(v_);
@@ -343,6 +341,15 @@ bool AttentionCall::covers_k() const {
   return rows == (packed_k_ ? k_.size(0) : k_.size(0) * k_.size(1));
 }
 
+bool AttentionCall::reads(const Tensor& out) const {
+  for (const Tensor* t : {&args_.q, &args_.k, &args_.v})
+    if (may_overlap(*t, out)) return true;
+  for (const MaybeTensor* t : {&args_.qv, &args_.page_table, &args_.q_descale, &args_.k_descale,
+                               &args_.v_descale, &args_.alibi_slopes, &args_.sinks})
+    if (*t && may_overlap(**t, out)) return true;
+  return false;
+}
+
 std::tuple<Tensor, Tensor> AttentionCall::forward(MaybeTensor out) {
   Attention& a = attention;
   const std::vector<int64_t> shape = shape_like_q(a.headdim_v);
@@ -354,8 +361,7 @@ std::tuple<Tensor, Tensor> AttentionCall::forward(MaybeTensor out) {
     FA3_CHECK(out->stride(-1) == 1 || out->size(-1) == 1,
               "out must have a contiguous last dimension, got stride ", out->stride(-1));
     check_distinct_elements(*out, "out");
-    const auto overlaps = [&](const Tensor& t) { return may_overlap(t, *out); };
-    if (std::any_of(inputs_.begin(), inputs_.end(), overlaps)) {
+    if (reads(*out)) {
       const auto [fresh, lse] = forward(std::nullopt);
       torch::stable::copy_(*out, fresh);
       return {*out, lse};

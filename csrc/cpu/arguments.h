@@ -97,11 +97,12 @@ class AttentionCall {
   std::vector<int64_t> lse_shape() const;
   Scalars lse_view(const Tensor& lse) const;
   bool covers_q() const, covers_k() const;
+  bool reads(const Tensor& out) const;  // whether the kernel may read what it writes to `out`
 
+  const AttentionArguments& args_;  // live as long as the call
   Tensor q_, k_, v_;
   bool packed_q_, packed_k_;
   std::vector<Sequence> sequences_;
-  std::vector<Tensor> inputs_;  // what the kernel reads while it writes
   std::vector<Tensor> kept_;
   std::vector<std::vector<int32_t>> tables_;
 };

@@ -325,7 +325,7 @@ FusedInferAttentionScore
   atten_mask = fa3npu_upper_triangle
   actual_seq_lengths = Cast(ConcatV2(StridedSliceV2(cu_seqlens_q, [1], [2147483647], [0], [1]), Reshape(12, [1]), 0))
   actual_seq_lengths_kv = Cast(ConcatV2(_3, Reshape(0, [1]), 0))
-  block_table = Pad(page_table, [[0, 1], [0, 0]])
+  block_table = Pad(Minimum(Maximum(page_table, 0), 5), [[0, 1], [0, 0]])
   .block_size = 32
   .input_layout = b'TND'
   .next_tokens = 1

@@ -6,20 +6,6 @@ import torch
 from torch import Tensor
 
 
-def check_distinct_elements(t: Tensor, name: str) -> None:
-    """An element has a place of its own: no broadcast dimension, no strides that meet."""
-    reach = 0  # from the first to the last element of the dimensions before
-    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
-        if size <= 1:
-            continue
-        if stride <= reach:
-            raise RuntimeError(
-                f"fa3npu: {name} must have a place for every element, got elements that share one: "
-                f"shape {tuple(t.shape)}, a stride of {stride}"
-            )
-        reach += (size - 1) * stride
-
-
 def apart(t: Tensor, *written: Tensor) -> Tensor:
     """t, or a copy where it may share memory with what is written."""
     storage = t.untyped_storage().data_ptr()

@@ -15,7 +15,8 @@ from fa3_ops.backends.npu.fused_infer_attention import FusedInferAttention
 from fa3_ops.backends.npu.lengths import Lengths, with_contiguous_lengths
 from fa3_ops.backends.npu.lowering import dequantise_fp8, fill_hidden_pages, select_table_rows
 from fa3_ops.backends.npu.torch_ops import TorchOps
-from fa3_ops.backends.written import check_distinct_elements, mark_written
+from fa3_ops.backends.written import mark_written
+from fa3_ops.checks import distinct_elements
 
 BACKENDS: tuple[FlashAttnNpu | FusedInferAttention | TorchOps, ...] = (
     FlashAttnNpu(),
@@ -43,7 +44,7 @@ def prepare(call: Attention) -> tuple[Attention, Lengths | None]:
 def forward(call: Attention, into: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """out, in `into` if given, and softmax_lse."""
     if into is not None:
-        check_distinct_elements(into, "out")
+        distinct_elements(into, "out")
         mark_written(into)
     call, lengths = prepare(call)
     if call.is_empty or (lengths is not None and not any(lengths.seqlens_q)):

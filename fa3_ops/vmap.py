@@ -33,7 +33,8 @@ def _fold(op: Any, info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, 
 
     names = [argument.name for argument in op._schema.arguments]
     results = op(*map(fold, names, in_dims, args))
-    return tuple(x.unflatten(0, (info.batch_size, -1)) for x in results), (0,) * len(results)
+    unfolded = (x.unflatten(0, (info.batch_size, len(x) // info.batch_size)) for x in results)
+    return tuple(unfolded), (0,) * len(results)
 
 
 def _loop(op: Any, info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> Any:

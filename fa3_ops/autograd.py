@@ -101,22 +101,32 @@ def _raise(gradient: Tensor, size: Sequence[int], dtype: torch.dtype, of: str) -
 _library.impl("no_gradient", _raise, "CompositeExplicitAutograd")
 
 
+def _likes(inputs: Iterable[object]) -> list[tuple[torch.Size, torch.dtype] | None]:
+    """What a refused gradient looks like, without keeping its tensor alive."""
+    return [(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in inputs]
+
+
+def _refused(ctx: Any, gradient: Tensor, of: str) -> tuple[Tensor | None, ...]:
+    """Refusals of what is needed; the first input is no tensor."""
+    refused: list[Tensor | None] = [None]
+    for i, like in enumerate(ctx.inputs):
+        needed = ctx.needs_input_grad[i + 1]
+        refused.append(ops.no_gradient(gradient, *like, of) if needed else None)
+    return tuple(refused)
+
+
 def without_gradient(of: str) -> type[Recorded]:
     """A node whose backward refuses."""
 
     class NoGradient(Recorded):
         @staticmethod
         def forward(ctx: Any, run: Any, *args: Any) -> Any:
-            ctx.inputs = [(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in args]
+            ctx.inputs = _likes(args)
             return run(*args)
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-            refused: list[Tensor | None] = [None]
-            for i, like in enumerate(ctx.inputs):
-                needed = ctx.needs_input_grad[i + 1]
-                refused.append(ops.no_gradient(gradients[0], *like, of) if needed else None)
-            return tuple(refused)
+            return _refused(ctx, gradients[0], of)
 
     return NoGradient
 
@@ -134,15 +144,11 @@ class Unconnected(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.of, *tensors = inputs
-        ctx.inputs = [None if x is None else (x.shape, x.dtype) for x in tensors]
+        ctx.inputs = _likes(tensors)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        refused: list[Tensor | None] = [None]
-        for i, like in enumerate(ctx.inputs):
-            needed = ctx.needs_input_grad[i + 1]
-            refused.append(ops.no_gradient(gradient, *like, ctx.of) if needed else None)
-        return tuple(refused)
+        return _refused(ctx, gradient, ctx.of)
 
 
 def severed(of: str, q: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
@@ -187,7 +193,7 @@ def differentiable(op: Any, backward_op: Any) -> type[Recorded]:
             output: tuple[Tensor, Tensor] = run(*args)
             # The dispatcher leaves out the last arguments that have their defaults.
             given = defaults | dict(zip(names, args, strict=False))
-            ctx.inputs = [(x.shape, x.dtype) if isinstance(x, Tensor) else None for x in args]
+            ctx.inputs = _likes(args)
             ctx.settings = {n: given[n] for n in shared if n not in tensors}
             ctx.no_gradient = None
             if given["qv"] is not None:

@@ -18,6 +18,10 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float64)
 METADATA_DTYPES = (torch.int32, torch.uint8)
 MAX_HEADDIM = 512
+OPTIONAL = (
+    *("cu_seqlens_q", "cu_seqlens_k", "seqused_q"),
+    *("cache_batch_idx", "cache_leftpad", "page_table"),
+)
 
 
 def shape(t: Tensor, expected: Sequence[object], name: str, because: str = "") -> torch.Size:
@@ -53,9 +57,19 @@ def strided(*tensors: Tensor | None) -> None:
             raise ValueError(f"every tensor must be strided, got one of layout {t.layout}")
 
 
-def distinct_elements(t: Tensor, name: str) -> None:
+def int64(n: int | None, name: str) -> None:
+    """An operator's int; Python's may be larger."""
+    if type(n) is int and not -(2**63) <= n < 2**63:  # no symbol
+        raise ValueError(f"{name} must be a 64-bit integer, got {n}")
+
+
+def writable(t: Tensor, name: str) -> None:
     """What is written needs a place for every element; the kernel says so too, but later."""
-    if torch.compiler.is_compiling() or t.is_contiguous() or t.numel() == 0:
+    if torch.compiler.is_compiling():
+        return
+    if t.is_neg():
+        raise ValueError(f"{name} is written and must not be a lazily negated view, got one")
+    if t.is_contiguous() or t.numel() == 0:
         return
     reach = 0  # from the first to the last element of the dimensions before
     for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
@@ -206,18 +220,22 @@ def attention(
     dtype(k, q_dtype, k_name, " like q")
     dtype(v, q_dtype, v_name, " like q")
 
-    others = {
-        k_name: k,
-        v_name: v,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "seqused_q": seqused_q,
-        seqused_k_name: seqused_k,
-        "cache_batch_idx": cache_batch_idx,
-        "cache_leftpad": cache_leftpad,
-        "page_table": page_table,
-    }
-    same_device(q, others)
+    device = q.device
+    others = (
+        k,
+        v,
+        seqused_k,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_q,
+        cache_batch_idx,
+        cache_leftpad,
+        page_table,
+    )
+    for t in others:
+        if t is not None and t.device != device:
+            named = zip((k_name, v_name, seqused_k_name, *OPTIONAL), others, strict=True)
+            same_device(q, dict(named))
     expected: tuple[object, ...]
     if cu_seqlens_q is None:
         expected = ("batch_size", "seqlen_q", "nheads", "headdim")
@@ -299,7 +317,7 @@ def attention(
         dtype(out, torch.bfloat16 if fp8 else q_dtype, "out")
         contiguous_rows(out, "out")
         same_device(q, {"out": out})
-        distinct_elements(out, "out")
+        writable(out, "out")
         if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, out)):
             raise ValueError("out must be None where a gradient is needed, got a tensor")
     softmax(softmax_scale, window_size, attention_chunk, softcap)
@@ -325,16 +343,9 @@ def append(
     rotary_seqlens: Tensor | None,
 ) -> None:
     """What flash_attn_with_kvcache asks of new keys and values and of their rotation."""
-    lengths(rotary_seqlens, batch_size, "rotary_seqlens")
-    others = {
-        "k": k,
-        "v": v,
-        "cu_seqlens_k_new": cu_seqlens_k_new,
-        "rotary_cos": rotary_cos,
-        "rotary_sin": rotary_sin,
-        "rotary_seqlens": rotary_seqlens,
-    }
-    same_device(q, others)
+    if rotary_seqlens is not None:
+        lengths(rotary_seqlens, batch_size, "rotary_seqlens")
+        same_device(q, {"rotary_seqlens": rotary_seqlens})
     contiguous_rows(k_cache, "k_cache")
     contiguous_rows(v_cache, "v_cache")
     if k is None:
@@ -352,6 +363,8 @@ def append(
         raise ValueError("v must be given with k, got None")
     if cache_seqlens is None:
         raise ValueError("cache_seqlens must be given with k, got None")
+    others = {"k": k, "v": v, "cu_seqlens_k_new": cu_seqlens_k_new}
+    same_device(q, others | {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin})
     nheads_k, headdim, headdim_v = k_cache.shape[2], k_cache.shape[3], v_cache.shape[3]
     if cu_seqlens_k_new is None:
         rows = (batch_size, "seqlen_new", nheads_k, headdim)
@@ -393,6 +406,8 @@ def read_after_append(
     attention_chunk: int,
 ) -> None:
     """The values that the append does not look at, and the attention only after it has written."""
+    if cache_leftpad is page_table is cu_seqlens_q is seqused_q is None:
+        return
     seqlens = values(cache_seqlens)
     if seqlens is None:
         return

@@ -99,7 +99,13 @@ def _append(
         rotary_seqlens=rotary_seqlens,
     )
     if k is not None and cache_seqlens is not None:
-        # What the append takes refuses other layouts itself, before it writes.
+        # What the append does not take and the attention would refuse after it.
+        for side in window_size:
+            checks.int64(side, "window_size")
+        checks.int64(max_seqlen_q, "max_seqlen_q")
+        checks.int64(attention_chunk, "attention_chunk")
+        checks.int64(num_splits, "num_splits")
+        checks.int64(sm_margin, "sm_margin")
         checks.strided(
             *(q, qv, cache_leftpad, cu_seqlens_q, seqused_q, q_descale, k_descale, v_descale),
             *(scheduler_metadata, alibi_slopes, sinks, out),
@@ -179,26 +185,33 @@ def _append(
 
 
 def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    if forward_ad._current_level >= 0:
-        refuse_forward_mode("flash_attn_with_kvcache", (*args, *kwargs.values()))
     out, softmax_lse = ops.flash_attn_kvcache.default(*_append(*args, **kwargs))
     return out, softmax_lse
 
 
 def flash_attn_with_kvcache_out(*args: Any, out: Tensor, **kwargs: Any) -> Tensor:
-    if out is None:  # PyTorch lets it through as a tensor
-        raise TypeError("out must be a tensor, got None")
-    given = kwargs | {"out": out}
-    refuse_derivatives(ops.flash_attn_with_kvcache.out, args, given)
-    arguments = _append(*args, **given)
+    arguments = _append(*args, **(kwargs | {"out": out}))
     softmax_lse: Tensor = ops.flash_attn_kvcache.out(*arguments, out=out)
     return softmax_lse
 
 
+def _watched(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    if forward_ad._current_level >= 0:
+        refuse_forward_mode("flash_attn_with_kvcache", (*args, *kwargs.values()))
+    return flash_attn_with_kvcache(*args, **kwargs)
+
+
+def _watched_out(*args: Any, out: Tensor, **kwargs: Any) -> Tensor:
+    if out is None:  # PyTorch lets it through as a tensor
+        raise TypeError("out must be a tensor, got None")
+    refuse_derivatives(ops.flash_attn_with_kvcache.out, args, kwargs | {"out": out})
+    return flash_attn_with_kvcache_out(*args, out=out, **kwargs)
+
+
 _library = torch.library.Library("fa3npu", "IMPL")
 for _name, _body in (
-    ("flash_attn_with_kvcache", flash_attn_with_kvcache),
-    ("flash_attn_with_kvcache.out", flash_attn_with_kvcache_out),
+    ("flash_attn_with_kvcache", _watched),
+    ("flash_attn_with_kvcache.out", _watched_out),
 ):
-    for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
+    for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition", "Negative"):
         _library.impl(_name, as_value_errors(_body), _key)

@@ -515,12 +515,10 @@ def flash_attn_with_kvcache(
         *(sm_margin, alibi_slopes, sinks, seqused_q),
     )
     op = ops.flash_attn_with_kvcache
-    # An append goes through the operator, whose schema is checked before anything is written.
     if out is None:
-        fresh = composite.flash_attn_with_kvcache if k is None else op.default
-        out, softmax_lse = direct.call(op, fresh, arguments)
+        out, softmax_lse = direct.call(op, composite.flash_attn_with_kvcache, arguments)
     else:
-        into = composite.flash_attn_with_kvcache_out if k is None else op.out
+        into = composite.flash_attn_with_kvcache_out
         softmax_lse = direct.call(op.out, into, arguments, out=out)
     return (out, softmax_lse) if return_softmax_lse else out
 

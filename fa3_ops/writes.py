@@ -50,20 +50,42 @@ def _refuse_derivatives(op: Any, tensors: dict[str, Tensor]) -> None:
             )
 
 
+def _tensors(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    names = [argument.name for argument in op._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return {name: x for name, x in given.items() if isinstance(x, Tensor)}
+
+
 def refuse_derivatives(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuses a call of a writing operator that autograd would have to follow."""
     if is_watched(*args, **kwargs):
-        names = [argument.name for argument in op._schema.arguments]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        _refuse_derivatives(op, {n: x for n, x in given.items() if isinstance(x, Tensor)})
+        _refuse_derivatives(op, _tensors(op, args, kwargs))
 
 
 def register(op: Any) -> None:
+    name = op.name().removeprefix("fa3npu::")
+
     def kernel(keyset: Any, *args: Any, **out: Any) -> Any:
         refuse_derivatives(op, args, out)
         return below_autograd(op, keyset, *args, **out)
 
-    _library.impl(op.name().removeprefix("fa3npu::"), kernel, "Autograd", with_keyset=True)
+    def negated(*args: Any, **out: Any) -> Any:
+        """PyTorch's own way with lazily negated tensors wants every operator that writes to return
+        what it wrote."""
+        tensors = _tensors(op, args, out)
+        for argument in op._schema.arguments:
+            if argument.alias_info is not None and tensors[argument.name].is_neg():
+                raise ValueError(
+                    f"{argument.name} is written and must not be a lazily negated view, got one"
+                )
+        return op(*map(_resolved, args), **out)
+
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+    _library.impl(name, negated, "Negative")
+
+
+def _resolved(x: Any) -> Any:
+    return x.resolve_neg() if isinstance(x, Tensor) else x
 
 
 for _op in (

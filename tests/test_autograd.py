@@ -154,6 +154,30 @@ class TestWrites:
             with torch.inference_mode():
                 write(**call)
 
+    @every_write
+    @pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+    def test_a_lazily_negated_tensor_is_refused(
+        self, write: Any, inputs: Any, written: tuple[str, ...], mode: Any
+    ) -> None:
+        for name in written:
+            with mode():
+                call = inputs()
+                before = {n: call[n].clone() for n in written}
+                with pytest.raises(ValueError, match=f"{name} is written and must not be a lazily"):
+                    write(**(call | {name: torch._neg_view(call[name])}))
+            for n in written:
+                assert torch.equal(call[n], before[n])
+
+    @every_write
+    def test_lazily_negated_inputs(self, write: Any, inputs: Any, written: tuple[str, ...]) -> None:
+        call = inputs()
+        read = [n for n in ("q", "k", "v") if call.get(n) is not None]
+        want = call | {n: -call[n] for n in read} | {n: call[n].clone() for n in written}
+        write(**want)
+        write(**(call | {n: torch._neg_view(call[n]) for n in read}))
+        for n in written:
+            assert torch.equal(call[n], want[n])
+
     def test_a_refused_append_leaves_the_version(self) -> None:
         call = appending(1, cache_seqlens=ints(8, 2))
         with pytest.raises(ValueError, match="cache_seqlens"):

@@ -380,6 +380,7 @@ class TestWhereChecksLive:
             ),
             ({"q": rand(2, 3, 4, 16).to_sparse()}, "every tensor must be strided"),
             ({"sinks": rand(4).to_sparse()}, "every tensor must be strided"),
+            ({"out": torch._neg_view(rand(2, 3, 4, 16))}, "out is written and must not be"),
         ],
         ids=lambda x: x if isinstance(x, str) else "",
     )
@@ -388,3 +389,15 @@ class TestWhereChecksLive:
         call = appending(out=torch.zeros(2, 3, 4, 16)) | change
         kinds = (ValueError, TypeError, RuntimeError)
         assert text in message(ops.flash_attn_with_kvcache.out, call, kinds)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            *((n, 2**70) for n in ("max_seqlen_q", "attention_chunk", "num_splits", "sm_margin")),
+            ("window_size", (-(2**70), 0)),
+        ],
+    )
+    def test_numbers_that_are_too_large_are_not_appended(self, name: str, value: Any) -> None:
+        call = appending() | {name: value}
+        text = message(fa3_ops.flash_attn_with_kvcache, call, (ValueError, TypeError))
+        assert text.startswith(f"{name} must be")

@@ -342,11 +342,12 @@ bool AttentionCall::covers_k() const {
 }
 
 bool AttentionCall::reads(const Tensor& out) const {
+  const Span written(out);
   for (const Tensor* t : {&args_.q, &args_.k, &args_.v})
-    if (may_overlap(*t, out)) return true;
+    if (Span(*t).overlaps(written)) return true;
   for (const MaybeTensor* t : {&args_.qv, &args_.page_table, &args_.q_descale, &args_.k_descale,
                                &args_.v_descale, &args_.alibi_slopes, &args_.sinks})
-    if (*t && may_overlap(**t, out)) return true;
+    if (*t && Span(**t).overlaps(written)) return true;
   return false;
 }
 

@@ -38,8 +38,10 @@ void kvcache_append_(Tensor k_, Tensor v_, Tensor k_cache, Tensor v_cache, Tenso
             "v_cache must have the shape of k_cache up to headdim, ", shape_of(k_cache), ", got ",
             shape_of(v_cache));
   // A copy where the write would change what is still to be read.
+  const Span k_written(k_cache), v_written(v_cache);
   const auto apart = [&](const Tensor& t) {
-    return may_overlap(t, k_cache) || may_overlap(t, v_cache) ? torch::stable::clone(t) : t;
+    const Span read(t);
+    return read.overlaps(k_written) || read.overlaps(v_written) ? torch::stable::clone(t) : t;
   };
   const Tensor k = contiguous_rows(apart(k_)), v = contiguous_rows(apart(v_));
   if (rotary_cos) rotary_cos = apart(*rotary_cos);

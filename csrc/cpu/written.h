@@ -9,8 +9,13 @@ namespace fa3npu {
 // An element has a place of its own: no broadcast dimension, no strides that meet.
 void check_distinct_elements(const torch::stable::Tensor& t, const char* name);
 
-// Whether the memory that two tensors span has a byte in common.
-bool may_overlap(const torch::stable::Tensor& a, const torch::stable::Tensor& b);
+// The memory from a tensor's first to its last element.
+struct Span {
+  const char *begin, *end;
+
+  explicit Span(const torch::stable::Tensor& t);
+  bool overlaps(const Span& other) const { return begin < other.end && other.begin < end; }
+};
 
 // Raises the version that autograd compares. Before the write: PyTorch refuses an inference tensor
 // outside of inference mode.

@@ -16,7 +16,7 @@ from fa3_ops.backends.npu.lengths import Lengths, with_contiguous_lengths
 from fa3_ops.backends.npu.lowering import dequantise_fp8, fill_hidden_pages, select_table_rows
 from fa3_ops.backends.npu.torch_ops import TorchOps
 from fa3_ops.backends.written import mark_written
-from fa3_ops.checks import distinct_elements
+from fa3_ops.checks import writable
 
 BACKENDS: tuple[FlashAttnNpu | FusedInferAttention | TorchOps, ...] = (
     FlashAttnNpu(),
@@ -44,7 +44,7 @@ def prepare(call: Attention) -> tuple[Attention, Lengths | None]:
 def forward(call: Attention, into: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """out, in `into` if given, and softmax_lse."""
     if into is not None:
-        distinct_elements(into, "out")
+        writable(into, "out")
         mark_written(into)
     call, lengths = prepare(call)
     if call.is_empty or (lengths is not None and not any(lengths.seqlens_q)):

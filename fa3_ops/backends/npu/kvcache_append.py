@@ -13,7 +13,7 @@ from fa3_ops.backends.npu.device import capturing
 from fa3_ops.backends.npu.lengths import read, require, row_counts
 from fa3_ops.backends.npu.lowering import sequence_of_row
 from fa3_ops.backends.written import apart, mark_written
-from fa3_ops.checks import distinct_elements
+from fa3_ops.checks import writable
 
 SCATTER_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -169,8 +169,8 @@ def kvcache_append_(
 ) -> None:
     """Outside a capture the values are checked on the host before anything is written; in one, rows
     that do not fit are left out."""
-    distinct_elements(k_cache, "k_cache")
-    distinct_elements(v_cache, "v_cache")
+    writable(k_cache, "k_cache")
+    writable(v_cache, "v_cache")
     k, v = apart(k, k_cache, v_cache), apart(v, k_cache, v_cache)
     a = Append(k, v, k_cache, v_cache, cache_seqlens, cache_batch_idx, page_table, cu_seqlens_k_new)
     check_shapes(a)

@@ -53,6 +53,33 @@ def test_packed_keys_with_lengths(packed_q: bool, total_k: int) -> None:
     assert torch.equal(out, cached)
 
 
+MASKS = (
+    {"window_size": (0, 0)},
+    {"window_size": (1, 0)},
+    {"attention_chunk": 2, "causal": True},
+)
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize("page_size", [16, 128])
+@pytest.mark.parametrize("leftpad", [False, True])
+def test_only_the_last_page_is_seen(leftpad: bool, page_size: int, mask: dict[str, Any]) -> None:
+    """Its keys past the sequence are NaN, so that it cannot stand for the pages before it."""
+    k_cache, v_cache = half(2, 4, page_size, 2, 16)
+    for cache in (k_cache, v_cache):
+        cache[[0, 1]] = float("nan")
+        cache[2, 2:] = cache[3, 6:] = float("nan")
+    call: dict[str, Any] = {"q": half(2, 1, 4, 16), "k_cache": k_cache, "v_cache": v_cache}
+    call |= {"page_table": ints(-1, -1, 2, -1, 3, -1).view(2, 3), **mask}
+    call["cache_seqlens"] = ints(2 * page_size + 2, page_size + 6)
+    if leftpad:
+        call["cache_leftpad"] = ints(4, page_size + 2)
+    out, lse = fa3_ops.flash_attn_with_kvcache(**to_npu(call), return_softmax_lse=True)
+    want, want_lse = reference.flash_attn_with_kvcache(**call)
+    assert_close(out, want, HALF)
+    assert_lse(lse, want_lse, HALF)
+
+
 @pytest.mark.parametrize("seqlen_q", [1, 3])
 def test_pages_before_a_window_need_no_id(seqlen_q: int) -> None:
     """Whatever a kernel loads in their place, the page that -1 might be taken for holds NaN."""

@@ -13,7 +13,12 @@ from fa3_ops.backends.npu import device
 from fa3_ops.backends.npu.flash_attn_npu import FlashAttnNpu, follows_metadata
 from fa3_ops.backends.npu.fused_infer_attention import FusedInferAttention
 from fa3_ops.backends.npu.lengths import Lengths, with_contiguous_lengths
-from fa3_ops.backends.npu.lowering import dequantise_fp8, fill_hidden_pages, select_table_rows
+from fa3_ops.backends.npu.lowering import (
+    dequantise_fp8,
+    drops_hidden_pages,
+    select_table_rows,
+    without_hidden_pages,
+)
 from fa3_ops.backends.npu.torch_ops import TorchOps
 from fa3_ops.backends.written import mark_written
 from fa3_ops.checks import writable
@@ -52,7 +57,10 @@ def forward(call: Attention, into: Tensor | None = None) -> tuple[Tensor, Tensor
         out.zero_()
         softmax_lse.fill_(float("-inf"))
     else:
-        decoded = dequantise_fp8(fill_hidden_pages(select_table_rows(call)))
+        decoded = dequantise_fp8(without_hidden_pages(select_table_rows(call)))
+        if lengths is not None and drops_hidden_pages(call):
+            lengths = lengths.without_hidden_pages(call.k.shape[1])
+            decoded.seqlens = list(zip(lengths.seqlens_q, lengths.seqlens_k, strict=True))
         backend = choose(BACKENDS, decoded)
         out, softmax_lse = backend.forward(decoded, lengths)
         out = out.to(call.out_dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fa3_ops.backends.attention import Attention
-from fa3_ops.backends.npu.lowering import keys_in_use, sequence_of_row
+from fa3_ops.backends.npu.lowering import hidden_pages, keys_in_use, sequence_of_row
 
 
 def require(condition: bool, message: str) -> None:
@@ -82,16 +82,19 @@ class Lengths:
     seqlens_q: list[int]
     seqlens_k: list[int]
     plain: bool  # every row of q counts and sees a key, and no sequence is without keys
+    hidden_pages: list[int] | None
+    leftpad: list[int] | None
 
     @staticmethod
     def of(call: Attention) -> Lengths:
-        cu_q, cu_k, used_q, used_k, entries, pads = read(
+        cu_q, cu_k, used_q, used_k, entries, pads, hidden = read(
             call.cu_seqlens_q,
             call.cu_seqlens_k,
             call.seqused_q,
             call.seqused_k,
             call.cache_batch_idx,
             call.cache_leftpad,
+            hidden_pages(call),
         )
         batch_size, rows = call.batch_size, call.q.shape[-3]
         seqlens_q = row_counts(call.q, cu_q, batch_size, "cu_seqlens_q")
@@ -130,7 +133,19 @@ class Lengths:
         right = call.window_size[1]
         slack = min((k - q for q, k in zip(seqlens_q, seqlens_k, strict=True)), default=0)
         plain = plain and min(seqlens_k, default=1) > 0 and (right < 0 or slack + right >= 0)
-        return Lengths(cu_q, cu_k, seqlens_q, seqlens_k, plain)
+        return Lengths(cu_q, cu_k, seqlens_q, seqlens_k, plain, hidden, pads)
+
+    def without_hidden_pages(self, page_size: int) -> Lengths:
+        """As lowering.without_hidden_pages."""
+        if self.hidden_pages is None:
+            return self
+        pads = self.leftpad or [0] * len(self.seqlens_k)
+        dropped = [
+            max(pages * page_size - pad, 0)
+            for pages, pad in zip(self.hidden_pages, pads, strict=True)
+        ]
+        seqlens_k = [k - n for k, n in zip(self.seqlens_k, dropped, strict=True)]
+        return replace(self, seqlens_k=seqlens_k)
 
 
 def covers(call: Attention, lengths: Lengths) -> bool:

@@ -96,22 +96,55 @@ def select_table_rows(call: Attention) -> Attention:
     """cache_batch_idx of a paged cache: the rows of the page table that it names."""
     if call.cache_batch_idx is None or call.page_table is None:
         return call
-    row = call.cache_batch_idx.clamp(0, call.page_table.shape[0] - 1)
-    page_table = call.page_table.index_select(0, row)
     note(call, "cache_batch_idx selects rows of the page table")
-    return replace(call, page_table=page_table, cache_batch_idx=None)
+    return replace(call, page_table=_selected(call), cache_batch_idx=None)
 
 
-def fill_hidden_pages(call: Attention) -> Attention:
-    """Pages before a window, which no row sees, may have any id. A kernel loads whole blocks, and a
-    weight of 0 does not silence NaN: they become the first page of their row that is one."""
+def _selected(call: Attention) -> Tensor:
+    assert call.page_table is not None
+    if call.cache_batch_idx is None:
+        return call.page_table
+    row = call.cache_batch_idx.clamp(0, call.page_table.shape[0] - 1)
+    return call.page_table.index_select(0, row)
+
+
+def hidden_pages(call: Attention) -> Tensor | None:
+    """How many pages at the start of each sequence are none, as those before a window may be:
+    (batch_size,) int32, or None where there is no window."""
     local = call.window_size[0] >= 0 or call.attention_chunk > 0
     if call.page_table is None or not local or call.page_table.shape[1] == 0:
+        return None
+    pages, page_size = _selected(call), call.k.shape[1]
+    hidden = ((pages >= 0) & (pages < call.k.shape[0])).int().argmax(1).int()
+    return torch.where(hidden * page_size < keys_in_use(call), hidden, 0)
+
+
+def drops_hidden_pages(call: Attention) -> bool:
+    """Whether a sequence may begin later than it does. Chunks are counted from its start, and a
+    schedule was made for its length."""
+    return call.attention_chunk == 0 and call.scheduler_metadata is None
+
+
+def without_hidden_pages(call: Attention) -> Attention:
+    """Pages before a window, which no row sees, may have any id. A kernel loads whole blocks, and a
+    weight of 0 does not silence NaN: a sequence begins with its first page that is one, and where
+    it cannot, that page stands for those before."""
+    hidden = hidden_pages(call)
+    if hidden is None:
         return call
-    pages = call.page_table
-    is_page = (pages >= 0) & (pages < call.k.shape[0])
-    first = pages.gather(1, is_page.int().argmax(1, keepdim=True))
-    return replace(call, page_table=torch.where(is_page, pages, first))
+    assert call.page_table is not None
+    at = torch.arange(call.page_table.shape[1], device=hidden.device).expand_as(call.page_table)
+    first = hidden[:, None]
+    if not drops_hidden_pages(call):
+        return replace(call, page_table=call.page_table.gather(1, at.maximum(first)))
+    dropped = hidden * call.k.shape[1]
+    pads = call.cache_leftpad
+    return replace(
+        call,
+        page_table=call.page_table.gather(1, (at + first).clamp(max=at.shape[1] - 1)),
+        seqused_k=keys_in_use(call) - dropped,
+        cache_leftpad=None if pads is None else (pads - dropped).clamp(min=0),
+    )
 
 
 def needs_pages(call: Attention, counts_keys: bool) -> bool:

@@ -100,7 +100,8 @@ class Scores:
         at = torch.arange(rows.most, device=call.q.device) + (seqlens_k - rows.seqlens)[:, None]
         at = at[..., None]  # where each row of q stands among its keys
         key = torch.arange(call.k.shape[1], device=call.q.device)
-        used = (key < seqlens_k[:, None])[:, None, :, None]
+        seen = visible(call, at, key, seqlens_k)
+        used = seen.any(1)[:, None, :, None]  # what no row sees may be anything
         q = rows.pad(call.q).float().transpose(1, 2)
         keys = per_head(call.k, call.nheads).masked_fill(~used, 0.0)
         values = per_head(call.v, call.nheads).masked_fill(~used, 0.0)
@@ -119,7 +120,7 @@ class Scores:
         if call.alibi_slopes is not None:
             slopes = call.alibi_slopes.expand(call.batch_size, -1)[..., None, None]
             scores = scores - slopes * (at - key).abs()[:, None]
-        seen = visible(call, at, key, seqlens_k)[:, None]
+        seen = seen[:, None]
         return Scores(scores.masked_fill(~seen, MASKED), seen, q, keys, values, slope)
 
 

@@ -63,12 +63,16 @@ def int64(n: int | None, name: str) -> None:
         raise ValueError(f"{name} must be a 64-bit integer, got {n}")
 
 
+def not_negated(t: Tensor, name: str) -> None:
+    if t.is_neg():
+        raise ValueError(f"{name} is written and must not be a lazily negated view, got one")
+
+
 def writable(t: Tensor, name: str) -> None:
     """What is written needs a place for every element; the kernel says so too, but later."""
     if torch.compiler.is_compiling():
         return
-    if t.is_neg():
-        raise ValueError(f"{name} is written and must not be a lazily negated view, got one")
+    not_negated(t, name)
     if t.is_contiguous() or t.numel() == 0:
         return
     reach = 0  # from the first to the last element of the dimensions before

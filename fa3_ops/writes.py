@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fa3_ops import checks
 from fa3_ops.autograd import below_autograd, is_watched, name_of, refuse_forward_mode
 
 ops = torch.ops.fa3npu
@@ -74,10 +75,8 @@ def register(op: Any) -> None:
         what it wrote."""
         tensors = _tensors(op, args, out)
         for argument in op._schema.arguments:
-            if argument.alias_info is not None and tensors[argument.name].is_neg():
-                raise ValueError(
-                    f"{argument.name} is written and must not be a lazily negated view, got one"
-                )
+            if argument.alias_info is not None:
+                checks.not_negated(tensors[argument.name], argument.name)
         return op(*map(_resolved, args), **out)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)

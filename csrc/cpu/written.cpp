@@ -11,6 +11,7 @@
 #include "cpu/arguments.h"
 
 namespace fa3npu {
+
 Span::Span(const Tensor& t) : begin(static_cast<const char*>(t.data_ptr())), end(begin) {
   const auto sizes = t.sizes(), strides = t.strides();
   int64_t last = 0;

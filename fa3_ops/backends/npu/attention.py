@@ -15,7 +15,6 @@ from fa3_ops.backends.npu.fused_infer_attention import FusedInferAttention
 from fa3_ops.backends.npu.lengths import Lengths, with_contiguous_lengths
 from fa3_ops.backends.npu.lowering import (
     dequantise_fp8,
-    drops_hidden_pages,
     select_table_rows,
     without_hidden_pages,
 )
@@ -58,7 +57,7 @@ def forward(call: Attention, into: Tensor | None = None) -> tuple[Tensor, Tensor
         softmax_lse.fill_(float("-inf"))
     else:
         decoded = dequantise_fp8(without_hidden_pages(select_table_rows(call)))
-        if lengths is not None and drops_hidden_pages(call):
+        if lengths is not None:
             lengths = lengths.without_hidden_pages(call.k.shape[1])
             decoded.seqlens = list(zip(lengths.seqlens_q, lengths.seqlens_k, strict=True))
         backend = choose(BACKENDS, decoded)

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor
 
 from fa3_ops.backends.attention import Attention
-from fa3_ops.backends.npu.lowering import hidden_pages, keys_in_use, sequence_of_row
+from fa3_ops.backends.npu.lowering import (
+    drops_hidden_pages,
+    hidden_pages,
+    keys_in_use,
+    sequence_of_row,
+)
 
 
 def require(condition: bool, message: str) -> None:
@@ -94,7 +99,7 @@ class Lengths:
             call.seqused_k,
             call.cache_batch_idx,
             call.cache_leftpad,
-            hidden_pages(call),
+            hidden_pages(call) if drops_hidden_pages(call) else None,
         )
         batch_size, rows = call.batch_size, call.q.shape[-3]
         seqlens_q = row_counts(call.q, cu_q, batch_size, "cu_seqlens_q")

@@ -4,11 +4,8 @@ Importing this package registers the operators; the functions below are FlashAtt
 interface over them, fa3_ops.v2 and fa3_ops.v4 those of FlashAttention-2 and -4.
 """
 
-from fa3_ops import _library  # noqa: F401  first: the operators that the others extend
-
-import fa3_ops.meta_kernels  # noqa: F401  # isort: skip
-from fa3_ops import autocast, autograd, backends, composite, flops, vmap, writes  # noqa: F401  # isort: skip
-from fa3_ops.backends import FallbackWarning, explain, npu, use_backend  # noqa: F401
+from fa3_ops import backends, meta_kernels, ops
+from fa3_ops.backends import FallbackWarning, explain, use_backend
 from fa3_ops.interface import (
     flash_attn_combine,
     flash_attn_func,
@@ -17,6 +14,7 @@ from fa3_ops.interface import (
     flash_attn_with_kvcache,
     get_scheduler_metadata,
 )
+from fa3_ops.ops import library
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,3 +28,8 @@ __all__ = [
     "get_scheduler_metadata",
     "use_backend",
 ]
+
+library.load()  # schemas and CPU kernels, which the rest extends
+meta_kernels.register()
+ops.register()
+backends.register()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import fa3_ops
-from fa3_ops.backends.explanation import Step
+from fa3_ops.backends.explain import Step
 
 Pair = tuple[Tensor, Tensor]  # what is wanted, what came
 

@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fa3_ops import checks, composite, direct
-from fa3_ops.autocast import cast_training
-from fa3_ops.errors import check_kind, names_arguments, renamed
+from fa3_ops.ops import checks, composite, direct
+from fa3_ops.ops.autocast import cast_training
+from fa3_ops.ops.errors import check_kind, names_arguments, renamed
 
 ops = torch.ops.fa3npu
 

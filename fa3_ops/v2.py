@@ -18,9 +18,10 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from fa3_ops import checks, interface
-from fa3_ops.errors import names_arguments
+from fa3_ops import interface
 from fa3_ops.interface import Window, get_scheduler_metadata
+from fa3_ops.ops import checks
+from fa3_ops.ops.errors import names_arguments
 
 __all__ = [
     "flash_attn_func",

@@ -20,9 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fa3_ops import checks, interface
-from fa3_ops.errors import check_kind, check_kinds, names_arguments
+from fa3_ops import interface
 from fa3_ops.interface import Window
+from fa3_ops.ops import checks
+from fa3_ops.ops.errors import check_kind, check_kinds, names_arguments
 
 
 def _refuse(**arguments: object) -> None:

@@ -2,7 +2,6 @@ import torch
 from torch import Tensor
 
 
-@torch.library.register_fake("fa3npu::flash_attn_combine")
 def flash_attn_combine(
     out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,5 @@ import torch
 from torch import Tensor
 
 
-@torch.library.register_fake("fa3npu::no_gradient")
 def no_gradient(gradient: Tensor, size: Sequence[int], dtype: torch.dtype, of: str) -> Tensor:
     return gradient.new_empty(size, dtype=dtype)

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fa3_ops
-from fa3_ops import direct
+from fa3_ops.ops import direct
 
 ops = torch.ops.fa3npu
 

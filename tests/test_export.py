@@ -12,7 +12,7 @@ from sample_inputs import ints, rand
 from torch import Tensor
 from torch.export import Dim, ExportedProgram, export
 
-from fa3_ops._library import LIBRARY
+from fa3_ops.ops import library
 
 ops = torch.ops.fa3npu
 
@@ -112,7 +112,7 @@ def test_aot_inductor_without_our_python(package: str, tmp_path: Path) -> None:
     script = f"""
 import sys, torch
 import torch._inductor.codecache  # torch 2.10 uses it in aoti_load_package without importing it
-torch.ops.load_library({str(LIBRARY)!r})
+torch.ops.load_library({str(library.path())!r})
 inputs = torch.load({str(tmp_path / "inputs.pt")!r})
 out = torch._inductor.aoti_load_package({package!r})(*inputs)
 assert "fa3_ops" not in sys.modules

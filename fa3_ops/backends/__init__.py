@@ -1,20 +1,50 @@
 """Backends: which kernel serves a call, chosen in the open.
 
-A backend states what it can do as data and says of a call why it cannot serve it
-(`not_supported_reasons`). The first of a device's backends without such a reason serves. If that is
-not the first of all, it is a fallback: it warns once, and with FA3NPU_STRICT=1 it is an error.
+docs/design.md follows a call through these files, and shows how a backend is added.
 """
 
-from fa3_ops.backends.attention import Attention
-from fa3_ops.backends.choice import Backend, FallbackWarning, choose, use_backend
-from fa3_ops.backends.explanation import Explanation, explain
+from fa3_ops.backends import choice, devices, dispatch
+from fa3_ops.backends.backend import Backend, Run
+from fa3_ops.backends.call import (
+    Append,
+    Attention,
+    Combination,
+    Gradient,
+    Plan,
+    Request,
+    Rotation,
+)
+from fa3_ops.backends.dispatch import add_backend, remove_backend, use_backend
+from fa3_ops.backends.explain import Explanation, explain
+from fa3_ops.backends.fallback import FallbackWarning
 
 __all__ = [
+    "Append",
     "Attention",
     "Backend",
+    "Combination",
     "Explanation",
     "FallbackWarning",
-    "choose",
+    "Gradient",
+    "Plan",
+    "Request",
+    "Rotation",
+    "Run",
+    "add_backend",
     "explain",
+    "remove_backend",
     "use_backend",
 ]
+
+
+def register() -> None:
+    """The devices that this package has backends for."""
+    from fa3_ops.backends import cpu, npu
+
+    for device in (cpu.CPU, npu.NPU):
+        devices.add(device)
+        if device.key is not None:
+            dispatch.serve_by_python(device)
+    npu.register_compilers()
+    if choice.asked_for() is not None:  # by FA3NPU_BACKEND, for as long as the process lives
+        dispatch.intercept()

@@ -1,41 +1,29 @@
-"""The choice of a backend: automatic, by name, strict."""
+"""Which backend serves: the best one that can, or the one asked for by name.
+
+The first of a device's backends without a reason against it serves. If that is not the first of
+all, it is a fallback: it warns once, and with FA3NPU_STRICT=1 it is an error.
+"""
 
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol, TypeVar
+from typing import Any
 
-from fa3_ops.backends.attention import Attention
+from fa3_ops.backends.backend import Backend, Run
+from fa3_ops.backends.call import Attention, Gradient, Request
+from fa3_ops.backends.fallback import fallback
+from fa3_ops.backends.lowering.lengths import Lengths
 
-
-class Backend(Protocol):
-    name: str
-
-    def not_supported_reasons(self, call: Attention) -> list[str]:
-        """Why this backend cannot serve the call; empty if it can. Looks at shapes and
-        dtypes, and at lengths where the host has read them."""
-
-
-BackendT = TypeVar("BackendT", bound=Backend)
-
-
-class FallbackWarning(UserWarning):
-    """A call was served by a slower way than the best one of its device."""
-
-
-_asked: ContextVar[str | None] = ContextVar("fa3_ops_backend", default=None)
-_warned: set[str] = set()
+_asked: ContextVar[str | None] = ContextVar(
+    "fa3_ops_backend", default=os.environ.get("FA3NPU_BACKEND") or None
+)
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Serves the calls inside with the backend of this name ("flash_attn_npu",
-    "fused_infer_attention", "torch"), or raises NotImplementedError with the reasons. The
-    environment variable FA3NPU_BACKEND does the same for a whole process."""
+def asking(name: str) -> Iterator[None]:
     token = _asked.set(name)
     try:
         yield
@@ -44,50 +32,61 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def asked_for() -> str | None:
-    return _asked.get() or os.environ.get("FA3NPU_BACKEND")
-
-
-def fallback(message: str) -> None:
-    """Warns once per message, or raises with FA3NPU_STRICT=1."""
-    if os.environ.get("FA3NPU_STRICT") == "1":
-        raise NotImplementedError(f"fa3_ops: {message} (FA3NPU_STRICT=1)")
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(f"fa3_ops: {message}", FallbackWarning, stacklevel=2)
+    return _asked.get()
 
 
 def listed(reasons: Mapping[str, Sequence[str]]) -> str:
     return "; ".join(f"{name}: {', '.join(why)}" for name, why in reasons.items())
 
 
-def refusals(backends: Sequence[Backend], call: Attention) -> dict[str, list[str]]:
-    """The reasons of the backends before the first that can serve the call."""
-    reasons: dict[str, list[str]] = {}
-    for backend in backends:
-        why = backend.not_supported_reasons(call)
-        if not why:
-            break
-        reasons[backend.name] = why
+def reasons_against(backend: Backend[Any], request: Request, run: Run) -> list[str]:
+    """Empty if the backend can serve the request here and now."""
+    if backend.reads_lengths and run.lengths is None and run.host_may_wait:
+        run.lengths = Lengths.of(run.request)
+    reasons = backend.not_supported_reasons(request, run)
+    if run.capturing and not backend.capturable:
+        reasons = [*reasons, "graph capture"]
     return reasons
 
 
-def choose(backends: Sequence[BackendT], call: Attention) -> BackendT:
-    """The first backend that can serve the call, or the one asked for by name."""
+def select(request: Request, run: Run) -> tuple[Backend[Any], dict[str, list[str]]]:
+    """The backend that serves, and the reasons of the better ones."""
+    backends = run.device.backends[type(request)]
     name = asked_for()
     if name is not None:
-        backend = next((b for b in backends if b.name == name), None)
-        if backend is None:
-            known = ", ".join(b.name for b in backends)
-            raise ValueError(f"backend must be one of {known}, got {name}")
-        if why := backend.not_supported_reasons(call):
-            raise NotImplementedError(
-                f"fa3_ops: backend {name} cannot serve the call: {', '.join(why)}"
-            )
-        return backend
-    reasons = refusals(backends, call)
-    if len(reasons) == len(backends):
-        raise NotImplementedError(f"fa3_ops: no backend can serve the call: {listed(reasons)}")
-    backend = backends[len(reasons)]
-    if reasons:
-        fallback(f"served by {backend.name}, because {listed(reasons)}")
-    return backend
+        asked = _by_name(name, request, run, backends)
+        if asked is not None:
+            return asked, {}
+    reasons: dict[str, list[str]] = {}
+    for backend in backends:
+        why = reasons_against(backend, request, run)
+        if not why:
+            if reasons and request.served is not None:
+                fallback(f"{request.served} by {backend.name}, because {listed(reasons)}")
+            return backend, reasons
+        reasons[backend.name] = why
+    raise NotImplementedError(f"fa3_ops: no backend can serve the call: {listed(reasons)}")
+
+
+def _by_name(
+    name: str, request: Request, run: Run, backends: Sequence[Backend[Any]]
+) -> Backend[Any] | None:
+    """The backend of this name. None if it is one for other kinds of requests alone: who asks for a
+    kernel of attention says nothing of how a cache is written. A gradient is a matter of the
+    attention that it belongs to."""
+    asked = next((b for b in backends if b.name == name), None)
+    if asked is not None:
+        why = reasons_against(asked, request, run)
+    elif name not in run.device.names():
+        known = ", ".join(run.device.names())
+        raise ValueError(f"backend must be one of {known}, got {name}")
+    elif isinstance(request, Gradient):
+        attends = any(b.name == name for b in run.device.backends[Attention])
+        why = ["it has no backward"] if attends else []
+    else:
+        why = []
+    if why:
+        raise NotImplementedError(
+            f"fa3_ops: backend {name} cannot serve the call: {', '.join(why)}"
+        )
+    return asked

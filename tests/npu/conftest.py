@@ -39,9 +39,9 @@ def pytest_report_header() -> str:
 @pytest.fixture(autouse=True)
 def every_warning_again() -> None:
     """A fallback warns once a process; here, once a test."""
-    from fa3_ops.backends import choice
+    from fa3_ops.backends import fallback
 
-    choice._warned.clear()
+    fallback._warned.clear()
 
 
 @pytest.fixture(params=["0.4 for 910", "0.3 for 910", "0.2 for 910", "0.4 for 950", "none"])

@@ -17,8 +17,9 @@ from torch import Tensor
 
 import fa3_ops
 from fa3_ops import reference
-from fa3_ops.backends import Attention
-from fa3_ops.backends.npu import device
+from fa3_ops.backends import Attention, Run
+from fa3_ops.backends.lowering.lengths import Lengths
+from fa3_ops.backends.npu import NPU, device
 from fa3_ops.backends.npu.fused_infer_attention import FusedInferAttention
 
 HALF = torch.float16
@@ -402,19 +403,21 @@ class TestFusedOperatorOfRelease:
         """Refused by the operator, or past what its documentation promises."""
         meta = {"device": "meta", "dtype": HALF}
 
-        def reasons(q: tuple[int, ...], k: tuple[int, ...], **keywords: Any) -> list[str]:
+        def reasons(
+            q: tuple[int, ...], k: tuple[int, ...], most_k: int = 1, rows: int = 1, **keywords: Any
+        ) -> list[str]:
             keys = torch.empty(k, **meta)
             call = Attention(torch.empty(q, **meta), keys, keys, is_cache=True, **keywords)
-            return FusedInferAttention().not_supported_reasons(call)
+            lengths = Lengths(None, None, [rows], [most_k], plain=True)
+            run = Run(call, NPU, capturing=False, host_may_wait=True, lengths=lengths)
+            return FusedInferAttention().not_supported_reasons(call, run)
 
         assert reasons((1, 1, 128, 256), (9, 128, 128, 256)) == []
         assert "nheads_k 256 of 256" in reasons((1, 1, 256, 256), (9, 128, 256, 256))
         assert "2147483648 elements of k" in reasons((1, 1, 8, 128), (2**14, 128, 8, 128))
-        many = {"seqlens": [(1, 262145)]}
+        many = {"most_k": 262145}
         assert "262144 keys" in ", ".join(reasons((1, 1, 8, 128), (9, 2**20, 8, 128), **many))
-        assert (
-            reasons((1, 2, 8, 128), (1, 2**20, 8, 128), **many | {"seqlens": [(2, 262145)]}) == []
-        )
+        assert reasons((1, 2, 8, 128), (1, 2**20, 8, 128), rows=2, **many) == []
         ends = {"cu_seqlens_q": torch.empty(4096, device="meta"), "max_seqlen_q": 1}
         assert "4095 packed sequences" in ", ".join(reasons((5, 8, 128), (9, 128, 8, 128), **ends))
 

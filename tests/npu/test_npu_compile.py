@@ -13,7 +13,7 @@ from sample_inputs import ints, rand, rotary
 from torch import Tensor
 
 import fa3_ops
-from fa3_ops.backends.npu import kvcache_append
+from fa3_ops.backends.npu.scatter_pa_kv_cache import ScatterPaKvCache
 
 ops = torch.ops.fa3npu
 HALF = torch.float16
@@ -104,13 +104,13 @@ def test_a_decode_loop_equals_eager(backend: str, monkeypatch: pytest.MonkeyPatc
         torch.npu.NPUGraph, "capture_begin", lambda *a, **k: captures.append(begin(*a, **k))
     )
     written = set()
-    scatter = kvcache_append.scatter
+    scatter = ScatterPaKvCache.launch
 
-    def spy(append: Any, *rest: Any) -> None:
+    def spy(self: ScatterPaKvCache, append: Any, *rest: Any) -> None:
         written.add((append.k_cache.data_ptr(), append.v_cache.data_ptr()))
-        scatter(append, *rest)
+        scatter(self, append, *rest)
 
-    monkeypatch.setattr(kvcache_append, "scatter", spy)
+    monkeypatch.setattr(ScatterPaKvCache, "launch", spy)
     torch.manual_seed(1)
     ours = inputs()
     torch.manual_seed(1)

@@ -26,7 +26,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from fa3_ops import reference
 from fa3_ops.backends.npu import device
-from fa3_ops.backends.npu import torchair as hook
+from fa3_ops.backends.npu.ge import torchair as hook
 
 ops = torch.ops.fa3npu
 

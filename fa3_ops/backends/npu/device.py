@@ -108,3 +108,10 @@ def kernel() -> Kernel | str:
         return Kernel(_version(), importlib.import_module(name), is_950())
     except (ImportError, OSError, RuntimeError) as error:
         return f"flash_attn_npu does not load: {error}"
+
+
+def found_kernel() -> Kernel:
+    """Where a backend has said that there is one."""
+    found = kernel()
+    assert isinstance(found, Kernel), found
+    return found

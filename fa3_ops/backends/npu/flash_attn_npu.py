@@ -12,60 +12,70 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fa3_ops.backends.attention import Attention
+from fa3_ops.backends.backend import Backend, Run
+from fa3_ops.backends.call import Attention
 from fa3_ops.backends.choice import asked_for
-from fa3_ops.backends.npu import device, lowering, metadata
+from fa3_ops.backends.lowering import keys, rows
+from fa3_ops.backends.lowering.completion import blind_rows, clear
+from fa3_ops.backends.lowering.lengths import Lengths
+from fa3_ops.backends.npu import device, scheduler_metadata
 from fa3_ops.backends.npu.capabilities import Capabilities, capabilities, splits
 from fa3_ops.backends.npu.device import Kernel
-from fa3_ops.backends.npu.lengths import Lengths, blind_rows, bound, clear
 
 
-def not_supported(call: Attention, can: Capabilities) -> list[str]:
-    """Why this build does not compute the call, even lowered."""
-    reasons = []
-    if call.q.dtype not in can.dtypes:
-        reasons.append(f"dtype {call.q.dtype}")
-    # Activations are padded; a cache would have to be copied.
-    padded = not call.is_cache
+def not_supported(call: Attention, seqlens: list[tuple[int, int]], can: Capabilities) -> list[str]:
+    """Why this build does not compute the call, even lowered; over these (rows of q, keys) of every
+    sequence where the host knows them."""
+    reasons = width_reasons(call, can)
+    for name, given in (
+        ("qv", call.qv is not None),
+        ("alibi_slopes", call.alibi_slopes is not None),
+        ("attention_chunk", call.attention_chunk > 0),
+    ):
+        if given:
+            reasons.append(name)
+    reasons += mask_reasons(call, seqlens, can)
+    if call.softcap > 0 and not can.softcap:
+        reasons.append("softcap")
+    return reasons
+
+
+def width_reasons(call: Attention, can: Capabilities) -> list[str]:
+    """Against dtype and head dimensions. Those of activations are padded; a cache would have to be
+    copied."""
+    reasons = [] if call.q.dtype in can.dtypes else [f"dtype {call.q.dtype}"]
     d, d_v = call.headdim, call.headdim_v
-    widest = max(can.headdims)
-    if max(d, d_v) > widest or (not padded and not {d, d_v} <= set(can.headdims)):
+    if max(d, d_v) > max(can.headdims) or (call.is_cache and not {d, d_v} <= set(can.headdims)):
         reasons.append(f"headdim {d if d not in can.headdims else d_v}")
-    elif d != d_v and not padded and not can.headdim_v_differs:
+    elif d != d_v and call.is_cache and not can.headdim_v_differs:
         reasons.append(f"headdim_v {d_v} beside headdim {d}")
-    if call.qv is not None:
-        reasons.append("qv")
-    if call.alibi_slopes is not None:
-        reasons.append("alibi_slopes")
-    if call.attention_chunk > 0:
-        reasons.append("attention_chunk")
-    seqlens = call.seqlens or ()
+    return reasons
+
+
+def mask_reasons(call: Attention, seqlens: list[tuple[int, int]], can: Capabilities) -> list[str]:
+    """Against the mask."""
+    reasons = []
     longest_k = max((k for q, k in seqlens if q > 0), default=0)
     if call.is_local:
         if not can.window:
             reasons.append("window_size")
         if seqlens and cuts_window(call, longest_k):
             reasons.append("window_size with more rows of q than keys")
-        if not can.window_of_few_rows and may_flash_decode(call):
+        if not can.window_of_few_rows and may_flash_decode(call, seqlens):
             reasons.append("window_size over 1024 keys or more of few packed rows of q")
     left, right = call.window_size
     counts_as_causal = right == 0 and not 0 <= left < longest_k
     if counts_as_causal and not can.causal_of_few_keys and any(0 < k < q for q, k in seqlens):
         reasons.append("causal with more rows of q than keys")
-    if call.softcap > 0 and not can.softcap:
-        reasons.append("softcap")
-    if call.capturing:
-        missing = "graph capture without scheduler_metadata"
-        reasons += [missing] if call.scheduler_metadata is None else metadata_reasons(call, can)
     return reasons
 
 
-def may_flash_decode(call: Attention) -> bool:
+def may_flash_decode(call: Attention, seqlens: list[tuple[int, int]]) -> bool:
     """Whether the kernel may split the keys: at most 16 packed rows of q, 1024 keys in pages, which
     any keys may become."""
     packed = call.cu_seqlens_q is not None or call.seqused_q is not None
-    rows, keys = (max(x, default=0) for x in zip(*(call.seqlens or [(0, 0)]), strict=True))
-    return packed and rows <= 16 and keys >= 1024
+    most_q, most_k = (max(x) for x in zip(*(seqlens or [(0, 0)]), strict=True))
+    return packed and most_q <= 16 and most_k >= 1024
 
 
 def cuts_window(call: Attention, longest_k: int) -> bool:
@@ -92,6 +102,13 @@ def metadata_reasons(call: Attention, can: Capabilities) -> list[str]:
     return reasons
 
 
+def capture_reasons(call: Attention, can: Capabilities) -> list[str]:
+    """Why a graph cannot record the call."""
+    if call.scheduler_metadata is None:
+        return ["graph capture without scheduler_metadata"]
+    return metadata_reasons(call, can)
+
+
 def follows_metadata(call: Attention) -> bool:
     """Whether this kernel serves a call that is not captured, and as what its metadata was made
     for, without a copy of the cache."""
@@ -99,53 +116,55 @@ def follows_metadata(call: Attention) -> bool:
     if isinstance(found, str) or asked_for() not in (None, FlashAttnNpu.name):
         return False
     can = capabilities(found)
-    reasons = not_supported(call, can) + metadata_reasons(call, can)
-    return not reasons and lowering.keeps_pages(call)
+    reasons = not_supported(call, [], can) + metadata_reasons(call, can)
+    return not reasons and keys.keeps_pages(call)
 
 
-class FlashAttnNpu:
+class FlashAttnNpu(Backend[Attention]):
     name = "flash_attn_npu"
+    reads_lengths = True
 
-    def not_supported_reasons(self, call: Attention) -> list[str]:
+    def not_supported_reasons(self, request: Attention, run: Run) -> list[str]:
         found = device.kernel()
-        return [found] if isinstance(found, str) else not_supported(call, capabilities(found))
+        if isinstance(found, str):
+            return [found]
+        can = capabilities(found)
+        reasons = not_supported(request, run.lengths.pairs if run.lengths else [], can)
+        return reasons + capture_reasons(request, can) if run.capturing else reasons
 
-    def lower(self, call: Attention, lengths: Lengths | None) -> Attention:
-        found = device.kernel()
-        assert isinstance(found, Kernel)
-        return lower(call, capabilities(found), lengths)
+    def lower(self, request: Attention, run: Run) -> Attention:
+        return lower(request, run, capabilities(device.found_kernel()))
 
-    def forward(self, call: Attention, lengths: Lengths | None) -> tuple[Tensor, Tensor]:
-        found = device.kernel()
-        assert isinstance(found, Kernel)
-        lowered = self.lower(call, lengths)
-        out, softmax_lse = launch(lowered, found, lengths)
-        plain = lengths is not None and lengths.plain
-        out, softmax_lse = as_asked(call, out, softmax_lse)
-        if not plain:
-            clear(out, softmax_lse, blind_rows(call))
+    def launch(self, request: Attention, lowered: Attention, run: Run) -> tuple[Tensor, Tensor]:
+        lengths = run.lengths
+        if lengths is not None and not any(lengths.seqlens_q):
+            return request.empty_results()
+        out, softmax_lse = as_asked(request, *launch(lowered, device.found_kernel(), lengths))
+        if lengths is None or not lengths.plain:
+            clear(out, softmax_lse, blind_rows(request))
         if lowered.scheduler_metadata is not None:
-            stale = metadata.stale(lowered)
+            stale = scheduler_metadata.stale(lowered)
             out.masked_fill_(stale, float("nan"))
             softmax_lse.masked_fill_(stale, float("nan"))
         return out, softmax_lse
 
 
-def lower(call: Attention, can: Capabilities, lengths: Lengths | None) -> Attention:
-    """The steps of lowering.py that this kernel needs, and bounds for what no host has seen."""
-    call = lowering.pad_headdim(call, can.headdims, equal=not can.headdim_v_differs)
+def lower(call: Attention, run: Run, can: Capabilities) -> Attention:
+    """The steps that this kernel needs, and bounds for what no host has seen."""
+    lengths = run.lengths
+    call = rows.pad_headdim(call, run, can.headdims, equal=not can.headdim_v_differs)
     all_have_rows = lengths is not None and all(lengths.seqlens_q) and call.seqused_q is None
     drops = can.lists_keys and not all_have_rows
     empty = call.cu_seqlens_k is not None and not (lengths and lengths.plain)
     # Metadata is made for one page size, and for as many of them as the page table has.
     sizes = can.page_sizes if call.scheduler_metadata is None else (call.k.shape[1],)
-    call = lowering.as_pages(call, sizes, force=can.paged_only or empty or drops)
-    call = lowering.split_unused_rows(call)
+    call = keys.as_pages(call, run, sizes, force=can.paged_only or empty or drops)
+    call = rows.split_unused_rows(call, run)
     if drops and call.cu_seqlens_q is not None:
-        call = lowering.drop_empty_sequences(call)
+        call = rows.drop_empty_sequences(call, run)
     if can.lists_keys:
-        call = replace(call, seqused_k=lowering.keys_in_use(call))
-    return replace(bound(call), q=call.q.contiguous())
+        call = replace(call, seqused_k=keys.keys_in_use(call))
+    return replace(keys.bound(call), q=call.q.contiguous())
 
 
 def launch(call: Attention, found: Kernel, lengths: Lengths | None) -> tuple[Tensor, Tensor]:
@@ -189,7 +208,9 @@ def launch(call: Attention, found: Kernel, lengths: Lengths | None) -> tuple[Ten
         0,  # attention_chunk
         call.softcap,
         True,  # rotary_interleaved
-        None if call.scheduler_metadata is None else metadata.raw(call.scheduler_metadata),
+        None
+        if call.scheduler_metadata is None
+        else scheduler_metadata.raw(call.scheduler_metadata),
         splits(call.num_splits, can_split, found),
         None,  # pack_gqa
         0,  # sm_margin

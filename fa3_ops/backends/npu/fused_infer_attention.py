@@ -9,11 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fa3_ops.backends.attention import Attention
-from fa3_ops.backends.npu import lowering
+from fa3_ops.backends.backend import Backend, Run
+from fa3_ops.backends.call import Attention
+from fa3_ops.backends.lowering import keys, rows
+from fa3_ops.backends.lowering.completion import blind_rows, clear
+from fa3_ops.backends.lowering.lengths import read
 from fa3_ops.backends.npu.capabilities import FusedLimits, fused_limits
-from fa3_ops.backends.npu.device import constant
-from fa3_ops.backends.npu.lengths import Lengths, blind_rows, bound, clear, covers, read
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEADDIM, MAX_HEADS, MAX_GROUP = 512, 256, 64
@@ -40,18 +41,17 @@ def page_sizes(call: Attention) -> range:
     return DECODE_PAGES if call.seqlen_q == 1 else PREFILL_PAGES
 
 
-def packed_reasons(call: Attention, can: FusedLimits) -> list[str]:
+def packed_reasons(call: Attention, seqlens: list[tuple[int, int]], can: FusedLimits) -> list[str]:
     """Why a release does not take the call in layout TND."""
-    seqlens = call.seqlens or ()
     width = f"headdim {call.headdim} and headdim_v {call.headdim_v}"
     in_full = (
         call.cu_seqlens_k is not None
-        and not lowering.needs_pages(call, counts_keys=False)
+        and not keys.needs_pages(call, counts_keys=False)
         and (sum(q for q, _ in seqlens), sum(k for _, k in seqlens))
         == (call.q.shape[0], call.k.shape[0])
         and all(k > 0 for _, k in seqlens)
     )
-    sequences = call.batch_size * (1 if call.seqused_q is None else 2) + 2  # see lowering.py
+    sequences = call.batch_size * (1 if call.seqused_q is None else 2) + 2  # see lowering/rows.py
     reasons = {
         f"dtype {call.q.dtype} of packed q": call.q.dtype not in can.dtypes,
         f"{width} of packed q": (call.headdim, call.headdim_v) not in can.headdims,
@@ -69,68 +69,75 @@ def packed_reasons(call: Attention, can: FusedLimits) -> list[str]:
     return [f"{reason} ({can.name})" for reason, given in reasons.items() if given]
 
 
-class FusedInferAttention:
+class FusedInferAttention(Backend[Attention]):
     name = "fused_infer_attention"
+    reads_lengths = True
+    capturable = False
 
-    def not_supported_reasons(self, call: Attention) -> list[str]:
-        reasons = []
-        d, d_v = call.headdim, call.headdim_v
-        packed = is_packed(call)
-        if call.q.dtype not in DTYPES:
-            reasons.append(f"dtype {call.q.dtype}")
-        elif packed:
-            reasons += packed_reasons(call, fused_limits())
-        elif d != d_v or d % 16 or d > MAX_HEADDIM:
-            reasons.append(f"headdim {d} and headdim_v {d_v}")
-        if call.nheads > MAX_HEADS or call.nheads > MAX_GROUP * call.nheads_k:
-            reasons.append(f"nheads {call.nheads} of nheads_k {call.nheads_k}")
-        decodes = not packed and call.seqlen_q == 1
+    def not_supported_reasons(self, request: Attention, run: Run) -> list[str]:
+        seqlens = run.lengths.pairs if run.lengths else []
+        reasons = size_reasons(request, seqlens)
         for name, given in (
             # Documented as needing softmax_lse off, which every call here has on.
-            ("qv", call.qv is not None),
-            ("alibi_slopes", call.alibi_slopes is not None),
-            ("attention_chunk", call.attention_chunk > 0),
-            ("softcap", call.softcap > 0),
-            ("graph capture", call.capturing),
-            (f"nheads_k {call.nheads_k} of {max(d, d_v)}", call.nheads_k * max(d, d_v) > MAX_TOKEN),
-            (f"{call.k.numel()} elements of k", max(call.k.numel(), call.v.numel()) > MAX_ELEMENTS),
+            ("qv", request.qv is not None),
+            ("alibi_slopes", request.alibi_slopes is not None),
+            ("attention_chunk", request.attention_chunk > 0),
+            ("softcap", request.softcap > 0),
             (
-                f"more than {MAX_DECODE_KEYS} keys of one row of q",
-                decodes and any(k > MAX_DECODE_KEYS for _, k in call.seqlens or ()),
+                "window_size where a sequence may have one row of q",
+                request.is_local and (is_packed(request) or request.seqlen_q == 1),
             ),
         ):
             if given:
                 reasons.append(name)
-        if call.is_local and (packed or call.seqlen_q == 1):
-            reasons.append("window_size where a sequence may have one row of q")
         return reasons
 
-    def lower(self, call: Attention, lengths: Lengths | None) -> Attention:
-        return lower(call, lengths or Lengths.of(call))
+    def lower(self, request: Attention, run: Run) -> Attention:
+        assert run.lengths is not None
+        sizes, dense = page_sizes(request), request.cu_seqlens_q is None
+        force = not run.lengths.covers(request)
+        call = keys.as_pages(request, run, sizes, force=force, counts_keys=dense)
+        call = rows.split_unused_rows(call, run)
+        if call.cu_seqlens_q is not None and not run.lengths.plain:
+            call = rows.cover_all_rows(call, run)
+        return replace(keys.bound(call), q=call.q.contiguous())
 
-    def forward(self, call: Attention, lengths: Lengths | None) -> tuple[Tensor, Tensor]:
-        lengths = lengths or Lengths.of(call)
-        lowered = self.lower(call, lengths)
-        out, softmax_lse = launch(lowered)
-        if call.cu_seqlens_q is None and softmax_lse.dim() == 2:
-            batch_size, seqlen_q = call.q.shape[:2]
+    def launch(self, request: Attention, lowered: Attention, run: Run) -> tuple[Tensor, Tensor]:
+        assert run.lengths is not None
+        if not any(run.lengths.seqlens_q):
+            return request.empty_results()
+        out, softmax_lse = launch(lowered, run)
+        if request.cu_seqlens_q is None and softmax_lse.dim() == 2:
+            batch_size, seqlen_q = request.q.shape[:2]
             out = out.view(batch_size, seqlen_q, *out.shape[1:])
             softmax_lse = softmax_lse.view(-1, batch_size, seqlen_q).transpose(0, 1)
         out, softmax_lse = out.contiguous(), softmax_lse.contiguous()
-        if not lengths.plain:
-            clear(out, softmax_lse, blind_rows(call))
+        if not run.lengths.plain:
+            clear(out, softmax_lse, blind_rows(request))
         return out, softmax_lse
 
 
-def lower(call: Attention, lengths: Lengths) -> Attention:
-    sizes = page_sizes(call)
-    call = lowering.as_pages(
-        call, sizes, force=not covers(call, lengths), counts_keys=call.cu_seqlens_q is None
-    )
-    call = lowering.split_unused_rows(call)
-    if call.cu_seqlens_q is not None and not lengths.plain:
-        call = lowering.cover_all_rows(call)
-    return replace(bound(call), q=call.q.contiguous())
+def size_reasons(call: Attention, seqlens: list[tuple[int, int]]) -> list[str]:
+    """Why the operator does not take tensors of these dtypes and sizes."""
+    reasons = []
+    d, d_v = call.headdim, call.headdim_v
+    packed = is_packed(call)
+    if call.q.dtype not in DTYPES:
+        reasons.append(f"dtype {call.q.dtype}")
+    elif packed:
+        reasons += packed_reasons(call, seqlens, fused_limits())
+    elif d != d_v or d % 16 or d > MAX_HEADDIM:
+        reasons.append(f"headdim {d} and headdim_v {d_v}")
+    if call.nheads > MAX_HEADS or call.nheads > MAX_GROUP * call.nheads_k:
+        reasons.append(f"nheads {call.nheads} of nheads_k {call.nheads_k}")
+    if call.nheads_k * max(d, d_v) > MAX_TOKEN:
+        reasons.append(f"nheads_k {call.nheads_k} of {max(d, d_v)}")
+    if max(call.k.numel(), call.v.numel()) > MAX_ELEMENTS:
+        reasons.append(f"{call.k.numel()} elements of k")
+    decodes = not packed and call.seqlen_q == 1
+    if decodes and any(k > MAX_DECODE_KEYS for _, k in seqlens):
+        reasons.append(f"more than {MAX_DECODE_KEYS} keys of one row of q")
+    return reasons
 
 
 def upper_triangle(at: torch.device) -> Tensor:
@@ -138,7 +145,7 @@ def upper_triangle(at: torch.device) -> Tensor:
     return torch.ones(2048, 2048, dtype=torch.bool, device=at).triu_(1)
 
 
-def launch(call: Attention) -> tuple[Tensor, Tensor]:
+def launch(call: Attention, run: Run) -> tuple[Tensor, Tensor]:
     """softmax_lse as (nheads, total_q) or (batch_size, nheads, seqlen_q)."""
     import torch_npu
 
@@ -153,7 +160,7 @@ def launch(call: Attention) -> tuple[Tensor, Tensor]:
         call.q,
         call.k.flatten(-2) if paged else call.k,
         call.v.flatten(-2) if paged else call.v,
-        atten_mask=constant(upper_triangle, call.q.device) if masked else None,
+        atten_mask=run.constant(upper_triangle, call.q.device) if masked else None,
         actual_seq_lengths=cu_seqlens_q[1:] if cu_seqlens_q else None,
         actual_seq_lengths_kv=cu_seqlens_k[1:] if cu_seqlens_k else seqused_k,
         block_table=call.page_table,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fa3_ops.backends import devices
+from fa3_ops.backends.call import request_of
+from fa3_ops.backends.run import choose
+from fa3_ops.meta_kernels import FAKES
+from fa3_ops.ops.schema import full_name_of, name_of
 
 
 @dataclass
@@ -71,31 +75,13 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace != "fa3npu":
             return func(*args, **kwargs)
-        name = func._schema.name.removeprefix("fa3npu::")
-        device = next(a.device for a in args if isinstance(a, Tensor))
-        if device.type == "npu":
-            from fa3_ops.backends.npu import explanation
-
-            self.steps.append(explanation.step(name, args, kwargs))
+        request = request_of(func, args, kwargs)
+        if devices.of(request.device).backends:
+            chosen = choose(request)
+            step = Step(name_of(func), chosen.backend.name, chosen.refusals, chosen.run.notes)
         else:
-            self.steps.append(Step(name, device.type))
-        return _unwritten(func, args, kwargs)
-
-
-def _unwritten(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Results of the right shape, from the fake kernels, which ask for nothing but new_empty."""
-    from fa3_ops import meta_kernels
-
-    name = func._schema.name.removeprefix("fa3npu::")
-    fake = _fakes(meta_kernels)[name + ("" if func._overloadname == "default" else "_out")]
-    return fake(*args, **{k: v for k, v in kwargs.items() if k != "out"})
-
-
-def _fakes(package: Any) -> dict[str, Callable[..., Any]]:
-    return {
-        name: function
-        for module in vars(package).values()
-        if inspect.ismodule(module)
-        for name, function in vars(module).items()
-        if inspect.isfunction(function)
-    }
+            step = Step(name_of(func), request.device.type)
+        self.steps.append(step)
+        # The fake kernels ask for nothing but new_empty.
+        kwargs = {name: x for name, x in kwargs.items() if name != "out"}
+        return FAKES[full_name_of(func)](*args, **kwargs)

@@ -29,7 +29,7 @@ from fa3_ops.backends.npu.fused_infer_attention import (
     MAX_TOKEN,
     PREFILL_PAGES,
 )
-from fa3_ops.backends.npu.ge_graph import (
+from fa3_ops.backends.npu.ge.graph import (
     GeTensor,
     Value,
     arange,

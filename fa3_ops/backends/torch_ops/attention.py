@@ -1,5 +1,5 @@
-"""Attention in plain torch operators on the device: slow, complete, and free of host waits, so that
-it can be captured. The last resort, and the backward of what flash_attn_npu has none for."""
+"""Attention and its gradients in plain torch operators: slow, complete, and free of host waits, so
+that a graph can record them. The last resort on any device."""
 
 from __future__ import annotations
 
@@ -8,40 +8,71 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fa3_ops.backends.attention import Attention
-from fa3_ops.backends.npu.lengths import Lengths
-from fa3_ops.backends.npu.lowering import (
-    gather_keys,
-    keys_in_use,
-    sequence_of_row,
-)
+from fa3_ops.backends.backend import Backend, Run
+from fa3_ops.backends.call import Attention, Gradient
+from fa3_ops.backends.lowering.keys import gather_keys, keys_in_use
+from fa3_ops.backends.lowering.rows import sequence_of_row
 
 MASKED = -1e30  # instead of -inf, which makes NaN of a row that sees no key
 NO_KEY = float("-inf")
 
 
-class TorchOps:
+class TorchAttention(Backend[Attention]):
     name = "torch"
 
-    def not_supported_reasons(self, call: Attention) -> list[str]:
-        return ["dtype torch.float64"] if call.q.dtype == torch.float64 else []
+    def not_supported_reasons(self, request: Attention, run: Run) -> list[str]:
+        return ["dtype torch.float64"] if request.q.dtype == torch.float64 else []
 
-    def lower(self, call: Attention, lengths: Lengths | None) -> Attention:
-        return dense_keys(call)
+    def lower(self, request: Attention, run: Run) -> Attention:
+        return dense_keys(request, run)
 
-    def forward(self, call: Attention, lengths: Lengths | None) -> tuple[Tensor, Tensor]:
-        call = self.lower(call, lengths)
-        rows = PaddedRows(call)
-        s = Scores.of(call, rows)
+    def launch(self, request: Attention, lowered: Attention, run: Run) -> tuple[Tensor, Tensor]:
+        rows = PaddedRows(lowered)
+        s = Scores.of(lowered, rows)
         lse = torch.logsumexp(s.scores, -1)
         weights = torch.exp(s.scores - lse[..., None]).masked_fill(~s.seen, 0.0)
         out = torch.matmul(weights, s.values)
         blind = ~s.seen.any(-1)
         lse = lse.masked_fill(blind, NO_KEY)
-        out = rows.unpad(out.transpose(1, 2), 0.0).to(call.q.dtype)
-        return out.contiguous(), rows.unpad(lse.transpose(1, 2), NO_KEY).transpose(
-            -1, -2
-        ).contiguous()
+        out = rows.unpad(out.transpose(1, 2), 0.0).to(lowered.q.dtype)
+        softmax_lse = rows.unpad(lse.transpose(1, 2), NO_KEY).transpose(-1, -2)
+        return out.contiguous(), softmax_lse.contiguous()
+
+
+class TorchGradient(Backend[Gradient]):
+    name = "torch"
+
+    def lower(self, request: Gradient, run: Run) -> Attention:
+        return dense_keys(request.call, run)
+
+    def launch(
+        self, request: Gradient, lowered: Attention, run: Run
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        call, dout, dlse = request.call, request.dout, request.dsoftmax_lse
+        rows = PaddedRows(call)
+        s = Scores.of(lowered, rows)
+        lse = rows.pad(request.softmax_lse.transpose(-1, -2)).transpose(1, 2)
+        unused = torch.arange(rows.most, device=dout.device) >= rows.seqlens[:, None]
+        silent = unused[:, None] | (lse == NO_KEY)
+        lse = lse.masked_fill(silent, 0.0)[..., None]
+        weights = torch.exp(s.scores - lse).masked_fill(~s.seen | silent[..., None], 0.0)
+        dout_rows = rows.pad(dout).float().transpose(1, 2)
+        dout_rows = dout_rows.masked_fill(silent[..., None], 0.0)
+        delta = (dout_rows * rows.pad(request.out).float().transpose(1, 2)).sum(-1)
+        if dlse is not None:
+            delta = delta - rows.pad(dlse.transpose(-1, -2)).transpose(1, 2)
+        dscores = torch.matmul(dout_rows, s.values.transpose(-1, -2)) - delta[..., None]
+        assert call.softmax_scale is not None
+        dscores = weights * dscores * s.slope
+        dscores = dscores.masked_fill(weights == 0.0, 0.0) * call.softmax_scale
+        dq = rows.unpad(torch.matmul(dscores, s.keys).transpose(1, 2), 0.0)
+        dk = per_key(call, torch.matmul(dscores.transpose(-1, -2), s.q))
+        dv = per_key(call, torch.matmul(weights.transpose(-1, -2), dout_rows))
+        return (
+            dq.to(call.q.dtype).contiguous(),
+            dk.to(call.k.dtype).contiguous(),
+            dv.to(call.v.dtype).contiguous(),
+        )
 
 
 class PaddedRows:
@@ -124,13 +155,13 @@ class Scores:
         return Scores(scores.masked_fill(~seen, MASKED), seen, q, keys, values, slope)
 
 
-def dense_keys(call: Attention) -> Attention:
+def dense_keys(call: Attention, run: Run) -> Attention:
     """Keys and values as (batch_size, most keys, nheads_k, ...), seqused_k of them in use."""
     call = replace(call, is_cache=False)
     elsewhere = (call.page_table, call.cu_seqlens_k, call.cache_batch_idx, call.cache_leftpad)
     if all(t is None for t in elsewhere):
         return call
-    return gather_keys(call, "plain torch operators read them dense")
+    return gather_keys(call, run, "plain torch operators read them dense")
 
 
 def per_head(x: Tensor, nheads: int) -> Tensor:
@@ -150,39 +181,6 @@ def visible(call: Attention, at: Tensor, key: Tensor, seqlens_k: Tensor) -> Tens
         first = at.div(call.attention_chunk, rounding_mode="floor") * call.attention_chunk
         seen = seen & (first <= key) & (key < first + call.attention_chunk)
     return seen
-
-
-def backward(
-    call: Attention, dout: Tensor, out: Tensor, softmax_lse: Tensor, dlse: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv like q, k, v, which are dense or packed."""
-    rows = PaddedRows(call)
-    s = Scores.of(dense_keys(call), rows)
-    lse, dlse = (
-        None if x is None else rows.pad(x.transpose(-1, -2)).transpose(1, 2)
-        for x in (softmax_lse, dlse)
-    )
-    assert lse is not None
-    unused = torch.arange(rows.most, device=dout.device) >= rows.seqlens[:, None]
-    silent = unused[:, None] | (lse == NO_KEY)
-    lse = lse.masked_fill(silent, 0.0)[..., None]
-    weights = torch.exp(s.scores - lse).masked_fill(~s.seen | silent[..., None], 0.0)
-    dout_rows = rows.pad(dout).float().transpose(1, 2)
-    dout_rows = dout_rows.masked_fill(silent[..., None], 0.0)
-    delta = (dout_rows * rows.pad(out).float().transpose(1, 2)).sum(-1)
-    if dlse is not None:
-        delta = delta - dlse
-    dscores = torch.matmul(dout_rows, s.values.transpose(-1, -2)) - delta[..., None]
-    assert call.softmax_scale is not None
-    dscores = (weights * dscores * s.slope).masked_fill(weights == 0.0, 0.0) * call.softmax_scale
-    dq = rows.unpad(torch.matmul(dscores, s.keys).transpose(1, 2), 0.0)
-    dk = torch.matmul(dscores.transpose(-1, -2), s.q)
-    dv = torch.matmul(weights.transpose(-1, -2), dout_rows)
-    gradients = zip(
-        (dq, per_key(call, dk), per_key(call, dv)), (call.q, call.k, call.v), strict=True
-    )
-    dq, dk, dv = (x.to(like.dtype).contiguous() for x, like in gradients)
-    return dq, dk, dv
 
 
 def per_key(call: Attention, x: Tensor) -> Tensor:

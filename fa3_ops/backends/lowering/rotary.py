@@ -1,13 +1,12 @@
-"""apply_rotary in plain torch operators."""
+"""Rotary position embedding in plain torch operators."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fa3_ops.backends.npu.device import capturing
-from fa3_ops.backends.npu.lengths import read, require, row_counts
-from fa3_ops.backends.npu.lowering import sequence_of_row
+from fa3_ops.backends.lowering.lengths import require
+from fa3_ops.backends.lowering.rows import sequence_of_row
 
 
 def rotate(
@@ -47,7 +46,9 @@ def rotate(
     return y if rotated is None else torch.where(rotated[:, None, None], y, x)
 
 
-def check(first: list[int], counts: list[int], rotary_cos: Tensor, advance: bool = True) -> None:
+def check_positions(
+    first: list[int], counts: list[int], rotary_cos: Tensor, advance: bool = True
+) -> None:
     """No position may be outside rotary_cos."""
     positions = rotary_cos.shape[0]
     for b, (position, rows) in enumerate(zip(first, counts, strict=True)):
@@ -57,21 +58,3 @@ def check(first: list[int], counts: list[int], rotary_cos: Tensor, advance: bool
             f"rotary_cos must reach position {position + count - 1} of sequence {b}, "
             f"got {positions} positions",
         )
-
-
-def apply_rotary(
-    x: Tensor,
-    rotary_cos: Tensor,
-    rotary_sin: Tensor,
-    rotary_seqlens: Tensor,
-    cu_seqlens: Tensor | None = None,
-    rotary_interleaved: bool = True,
-    advance: bool = True,
-) -> Tensor:
-    if not capturing(x.device):
-        first, cu = read(rotary_seqlens, cu_seqlens)
-        assert first is not None
-        check(first, row_counts(x, cu, len(first), "cu_seqlens_q"), rotary_cos, advance)
-    return rotate(
-        x, rotary_cos, rotary_sin, rotary_seqlens, cu_seqlens, rotary_interleaved, advance
-    )

@@ -1,8 +1,4 @@
-"""From what FlashAttention-3 offers to what the NPU's kernels have, in small steps.
-
-Every step takes a call and returns one with the same meaning that needs less of a kernel. None but
-drop_empty_sequences waits for the device. A step that copies keys or values says so in `notes` and,
-where they are a cache, counts as a fallback.
+"""Where the keys are: from any layout to the ones that a kernel reads.
 
 The main trick: a page table can address any keys in place. A dense cache is a paged one whose
 pages are slices of it; keys that start anywhere (left padding, packed sequences used in part) are
@@ -19,84 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fa3_ops.backends.attention import Attention
-from fa3_ops.backends.choice import fallback
-from fa3_ops.backends.npu.device import constant
+from fa3_ops.backends.backend import Run
+from fa3_ops.backends.call import Attention
+from fa3_ops.backends.fallback import fallback
 
 
-def note(call: Attention, text: str) -> None:
-    call.notes.append(text)
-
-
-def note_copy(call: Attention, why: str) -> None:
+def note_copy(call: Attention, run: Run, why: str) -> None:
     """Says that keys and values are copied; of a cache that is a fallback."""
-    note(call, f"copies what is read of k and v, because {why}")
+    run.note(f"copies what is read of k and v, because {why}")
     if call.is_cache:
         fallback(f"copies what is read of the cache, because {why}")
 
 
-# ---- FP8 ---------------------------------------------------------------------------------------
-
-
-def _e4m3_values(at: torch.device) -> Tensor:
-    """The 256 values of float8_e4m3fn, (256,) float32: from bits, since the 910 has no such dtype,
-    and on the device, since a capture takes nothing from the host."""
-    code = torch.arange(256, dtype=torch.int32, device=at)
-    exponent, mantissa = code % 128 // 8, code % 8
-    power = ((exponent.clamp(min=1) + 120) * 2**23).view(torch.float32)  # 2 ** (exponent - 7)
-    value = power * torch.where(exponent > 0, mantissa + 8, mantissa) / 8
-    value = value.masked_fill(code % 128 == 127, float("nan"))
-    return torch.where(code < 128, value, -value)
-
-
-def dequantise_fp8(call: Attention) -> Attention:
-    """FP8 q, k, v times their descales in float16, which rounds them less than bfloat16 would. Of a
-    cache, what is read is gathered first, because a page may belong to sequences of different
-    descales."""
-    if not call.is_fp8:
-        return call
-    qv = None if call.qv is None else call.qv.view(torch.uint8)
-    call = replace(
-        call, q=call.q.view(torch.uint8), k=call.k.view(torch.uint8), v=call.v.view(torch.uint8)
-    )
-    if call.is_cache:
-        call = gather_keys(call, "FP8 is dequantised")
-    return replace(
-        call,
-        q=_decode(call.q, call.q_descale, call.cu_seqlens_q),
-        k=_decode(call.k, call.k_descale, call.cu_seqlens_k),
-        v=_decode(call.v, call.v_descale, call.cu_seqlens_k),
-        qv=None if qv is None else _decode(qv, call.q_descale, call.cu_seqlens_q),
-        is_cache=False,
-    )
-
-
-def _decode(codes: Tensor, descale: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """Bytes of FP8 values times descale (batch_size, nheads_k), in float16. A table stands for the
-    conversion, which the 910 lacks."""
-    x = constant(_e4m3_values, codes.device)[codes.int()]
-    if descale is not None:
-        factor = descale.repeat_interleave(x.shape[-2] // descale.shape[1], dim=1)
-        factor = factor[:, None] if cu_seqlens is None else factor[sequence_of_row(cu_seqlens, x)]
-        x = x * factor[..., None]
-    return x.half()
-
-
-def sequence_of_row(cu_seqlens: Tensor, packed: Tensor) -> Tensor:
-    """The sequence of each row of a packed tensor, (total,) int64; rows of none get the nearest."""
-    rows = torch.arange(packed.shape[0], device=packed.device, dtype=cu_seqlens.dtype)
-    found = torch.bucketize(rows, cu_seqlens[1:].contiguous(), right=True)
-    return found.clamp_(max=cu_seqlens.shape[0] - 2)
-
-
-# ---- Where the keys are ------------------------------------------------------------------------
-
-
-def select_table_rows(call: Attention) -> Attention:
+def select_table_rows(call: Attention, run: Run) -> Attention:
     """cache_batch_idx of a paged cache: the rows of the page table that it names."""
     if call.cache_batch_idx is None or call.page_table is None:
         return call
-    note(call, "cache_batch_idx selects rows of the page table")
+    run.note("cache_batch_idx selects rows of the page table")
     return replace(call, page_table=_selected(call), cache_batch_idx=None)
 
 
@@ -174,7 +109,11 @@ def keeps_pages(call: Attention) -> bool:
 
 
 def as_pages(
-    call: Attention, page_sizes: Collection[int], force: bool = False, counts_keys: bool = False
+    call: Attention,
+    run: Run,
+    page_sizes: Collection[int],
+    force: bool = False,
+    counts_keys: bool = False,
 ) -> Attention:
     """Keys in place behind a page table with a page size that the kernel takes; dense and packed
     ones only where they need one, or by force. counts_keys: seqused_k of dense keys needs none."""
@@ -189,14 +128,14 @@ def as_pages(
         return call
     strides = token_strides(call.k)
     if strides is None or strides != token_strides(call.v):
-        return gather_keys(call, "its strides are not whole tokens", page_sizes)
+        return gather_keys(call, run, "its strides are not whole tokens", page_sizes)
     if call.cu_seqlens_k is None and call.cache_leftpad is None and strides[1] == 1:
         size = _slice_size(call, strides[0], page_sizes)
         if size is not None:
-            return _pages_of_slices(call, strides[0], size)
+            return _pages_of_slices(call, run, strides[0], size)
     if 1 not in page_sizes:
-        return gather_keys(call, "no page size of the kernel fits it", page_sizes)
-    return _pages_of_one_token(call, strides)
+        return gather_keys(call, run, "no page size of the kernel fits it", page_sizes)
+    return _pages_of_one_token(call, run, strides)
 
 
 def token_strides(x: Tensor) -> list[int] | None:
@@ -243,13 +182,13 @@ def _slice_size(call: Attention, distance: int, page_sizes: Collection[int]) -> 
     return largest
 
 
-def _pages_of_slices(call: Attention, distance: int, size: int) -> Attention:
+def _pages_of_slices(call: Attention, run: Run, distance: int, size: int) -> Attention:
     entries, rows = call.k.shape[:2]
     per_entry = -(-rows // size)
     num_pages = (entries - 1) * (distance // size) + per_entry
     slices = torch.arange(per_entry, dtype=torch.int32, device=call.k.device)
     first = entry_of_sequence(call) * (distance // size)
-    note(call, f"k and v are read in place as pages of {size}")
+    run.note(f"k and v are read in place as pages of {size}")
     return replace(
         call,
         k=_pool(call.k, num_pages, size),
@@ -302,8 +241,8 @@ def token_table(call: Attention, strides: list[int]) -> Tensor:
     return (pages * strides[0] + (j % rows) * strides[1]).int()
 
 
-def _pages_of_one_token(call: Attention, strides: list[int]) -> Attention:
-    note(call, "k and v are read in place as pages of one token")
+def _pages_of_one_token(call: Attention, run: Run, strides: list[int]) -> Attention:
+    run.note("k and v are read in place as pages of one token")
     num_pages = sum((n - 1) * stride for n, stride in zip(call.k.shape, strides, strict=False)) + 1
     return replace(
         call,
@@ -317,10 +256,12 @@ def _pages_of_one_token(call: Attention, strides: list[int]) -> Attention:
     )
 
 
-def gather_keys(call: Attention, why: str, page_sizes: Collection[int] | None = None) -> Attention:
+def gather_keys(
+    call: Attention, run: Run, why: str, page_sizes: Collection[int] | None = None
+) -> Attention:
     """A copy of the keys and values of every sequence, dense (batch_size, most keys, ...), or in
     pages of one of page_sizes. Left padding, cache_batch_idx and the page table are spent."""
-    note_copy(call, why)
+    note_copy(call, run, why)
     packed = call.cu_seqlens_k is not None
     rows = 1 if packed else call.k.shape[1]
     # Positions in units of (entry, row), so that any strides will do.
@@ -353,78 +294,15 @@ def gather_keys(call: Attention, why: str, page_sizes: Collection[int] | None = 
     )
 
 
-# ---- Rows of q ---------------------------------------------------------------------------------
-
-
-def split_unused_rows(call: Attention) -> Attention:
-    """seqused_q: the rows that do not count become sequences of their own, with one key each, so
-    that every row still belongs to one. Their results are cleared afterwards."""
-    if call.seqused_q is None:
+def bound(call: Attention) -> Attention:
+    """Page ids within the cache, lengths within the page table, and at least one key for every
+    sequence: a kernel never sees an empty one, of which it makes different kinds of wrong."""
+    if call.page_table is None:
         return call
-    batch_size = call.batch_size
-    if call.cu_seqlens_q is None:
-        seqlen_q = call.q.shape[1]
-        begins = torch.arange(batch_size + 1, dtype=torch.int32, device=call.q.device) * seqlen_q
-    else:
-        seqlen_q, begins = call.seqlen_q, call.cu_seqlens_q
-    cuts = torch.stack((begins[:-1], begins[:-1] + call.seqused_q), dim=1).flatten()
-    lengths = torch.stack((keys_in_use(call), torch.ones_like(call.seqused_q)), dim=1).flatten()
-    assert call.page_table is not None
-    note(call, "rows past seqused_q are set apart as sequences of their own")
+    num_pages, page_size = call.k.shape[:2]
+    capacity = call.page_table.shape[1] * page_size
     return replace(
         call,
-        q=call.q.flatten(0, 1) if call.cu_seqlens_q is None else call.q,
-        cu_seqlens_q=torch.cat((cuts, begins[-1:])).int(),
-        max_seqlen_q=seqlen_q,
-        seqused_q=None,
-        seqused_k=lengths.int(),
-        page_table=call.page_table.repeat_interleave(2, dim=0),
-    )
-
-
-def cover_all_rows(call: Attention) -> Attention:
-    """Packed rows before the first sequence and behind the last become sequences of their own."""
-    assert call.cu_seqlens_q is not None
-    assert call.page_table is not None
-    ends = call.cu_seqlens_q.new_tensor([0, call.q.shape[0]])
-    note(call, "rows of q outside every sequence are set apart as sequences of their own")
-    return replace(
-        call,
-        cu_seqlens_q=torch.cat((ends[:1], call.cu_seqlens_q, ends[1:])),
-        max_seqlen_q=call.q.shape[0],
-        page_table=F.pad(call.page_table, (0, 0, 1, 1)),
-        seqused_k=F.pad(keys_in_use(call), (1, 1), value=1),
-    )
-
-
-def drop_empty_sequences(call: Attention) -> Attention:
-    """Without the sequences that have no row of q. Waits for the device."""
-    assert call.cu_seqlens_q is not None
-    kept = call.cu_seqlens_q.diff().nonzero().flatten()
-    ends = call.cu_seqlens_q[1:][kept]
-    note(call, "sequences without rows of q are left out")
-    return replace(
-        call,
-        cu_seqlens_q=torch.cat((call.cu_seqlens_q[:1], ends)),
-        page_table=None if call.page_table is None else call.page_table[kept],
-        seqused_k=keys_in_use(call)[kept],
-    )
-
-
-def pad_headdim(call: Attention, headdims: Collection[int], equal: bool) -> Attention:
-    """Zeros behind the head dimensions up to ones that the kernel has, which change neither scores
-    nor values; `equal` if it wants headdim_v to be headdim. Of activations only."""
-    wanted, wanted_v = (
-        min(width for width in headdims if width >= d) for d in (call.headdim, call.headdim_v)
-    )
-    if equal:
-        wanted = wanted_v = max(wanted, wanted_v)
-    if call.is_cache or (wanted, wanted_v) == (call.headdim, call.headdim_v):
-        return call
-    note(call, f"headdim is padded to {wanted}")
-    return replace(
-        call,
-        q=F.pad(call.q, (0, wanted - call.headdim)),
-        k=F.pad(call.k, (0, wanted - call.headdim)),
-        v=F.pad(call.v, (0, wanted_v - call.headdim_v)),
+        page_table=call.page_table.clamp(0, num_pages - 1).contiguous(),
+        seqused_k=keys_in_use(call).clamp(1, capacity),
     )

@@ -3,6 +3,9 @@
 PyTorch's dispatcher takes some 7 microseconds to hand 30 arguments to a composite body in Python,
 and as many again to ask an autograd kernel in Python, which finds that no gradient is wanted:
 together as much as the shortest attention. A call that only the kernel would see takes neither way.
+
+What tells such a call is private to PyTorch. A version that lacks a part of it gets every call the
+ordinary way.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from fa3_ops.ops.schema import signature
 
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _TYPES = {
@@ -27,38 +32,45 @@ _TYPES = {
     "Optional[bool]": frozenset({bool, type(None)}),
     "List[int]": frozenset({tuple}),
 }
-# What a thread includes in every dispatch, outside and inside torch.inference_mode. Dispatch modes,
-# fake tensors, tracers and the transforms of torch.func add a key of their own.
-_BACKEND_SELECT = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-_BARE = frozenset(
-    keys.raw_repr()
-    for keys in (
-        _BACKEND_SELECT,
-        _BACKEND_SELECT | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView),
-    )
-)
+
+
+def _bare() -> frozenset[int]:
+    """What a thread includes in every dispatch, outside and inside torch.inference_mode. Dispatch
+    modes, fake tensors, tracers and the transforms of torch.func add a key of their own."""
+    try:
+        torch._C._AutoDispatchBelowAutograd  # noqa: B018
+        keys, key = torch._C.DispatchKeySet, torch._C.DispatchKey
+        outside, view = keys(key.BackendSelect), keys(key.ADInplaceOrView)
+        return frozenset({outside.raw_repr(), (outside | view).raw_repr()})
+    except AttributeError:
+        return frozenset()
+
+
+_BARE = _bare()
 
 
 @functools.lru_cache
 def _as_declared(op: Any, types: tuple[type, ...]) -> bool:
     """Whether arguments have the types of the schema: no subclass, symbol or mistake."""
-    schema = getattr(op, "default", op)._schema
-    declared = [str(argument.type) for argument in schema.arguments]
+    declared = signature(getattr(op, "default", op)).types
     return all(t in _TYPES[want] for t, want in zip(types, declared, strict=True))
 
 
 def only_the_kernel_sees(op: Any, arguments: tuple[object, ...]) -> bool:
     """Whether nothing between caller and kernel traces, watches, casts or differentiates."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._dispatch_tls_local_include_set().raw_repr() in _BARE
-        and not torch._C._is_torch_function_mode_enabled()
-        and not torch._C._is_any_autocast_enabled()
-        and _as_declared(op, tuple(map(type, arguments)))
-        # autograd.is_watched, written out
-        and forward_ad._current_level < 0
-        and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments))
-    )
+    try:
+        return (
+            not torch.compiler.is_compiling()
+            and torch._C._dispatch_tls_local_include_set().raw_repr() in _BARE
+            and not torch._C._is_torch_function_mode_enabled()
+            and not torch._C._is_any_autocast_enabled()
+            and _as_declared(op, tuple(map(type, arguments)))
+            # autograd.is_watched, written out
+            and forward_ad._current_level < 0
+            and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments))
+        )
+    except AttributeError:
+        return False
 
 
 def call(

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fa3_ops import checks
-from fa3_ops.autograd import refuse_forward_mode, requires_grad, severed
-from fa3_ops.errors import as_value_errors
-from fa3_ops.writes import refuse_derivatives
+from fa3_ops.backends import devices
+from fa3_ops.ops import checks
+from fa3_ops.ops.autograd import refuse_forward_mode, requires_grad, severed
+from fa3_ops.ops.errors import as_value_errors
+from fa3_ops.ops.library import implement
+from fa3_ops.ops.writes import refuse_derivatives
 
 ops = torch.ops.fa3npu
 
@@ -135,7 +137,7 @@ def _append(
             advance = causal or max(window_size) >= 0 or attention_chunk > 0
             tables = (rotary_cos, rotary_sin, first)
             q = ops.apply_rotary(q, *tables, cu_seqlens_q, rotary_interleaved, advance)
-            if q.device.type == "npu":  # whose append rotates nothing
+            if not devices.of(q.device).append_rotates:
                 k = ops.apply_rotary(k, *tables, cu_seqlens_k_new, rotary_interleaved)
                 rotary_cos = rotary_sin = rotary_seqlens = None
         ops.kvcache_append_(
@@ -208,10 +210,10 @@ def _watched_out(*args: Any, out: Tensor, **kwargs: Any) -> Tensor:
     return flash_attn_with_kvcache_out(*args, out=out, **kwargs)
 
 
-_library = torch.library.Library("fa3npu", "IMPL")
-for _name, _body in (
-    ("flash_attn_with_kvcache", _watched),
-    ("flash_attn_with_kvcache.out", _watched_out),
-):
-    for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition", "Negative"):
-        _library.impl(_name, as_value_errors(_body), _key)
+def register() -> None:
+    for op, body in (
+        (ops.flash_attn_with_kvcache.default, _watched),
+        (ops.flash_attn_with_kvcache.out, _watched_out),
+    ):
+        for key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition", "Negative"):
+            implement(op, as_value_errors(body), key)

@@ -22,12 +22,10 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from fa3_ops.ops.library import implement
+from fa3_ops.ops.schema import bind, name_of, signature
+
 ops = torch.ops.fa3npu
-_library = torch.library.Library("fa3npu", "IMPL")
-
-
-def name_of(op: Any) -> str:
-    return str(op._schema.name.removeprefix("fa3npu::"))
 
 
 def requires_grad(*arguments: object, **keywords: object) -> bool:
@@ -80,7 +78,7 @@ class Recorded(torch.autograd.function._SingleLevelFunction):
         raise NotImplementedError(f"fa3_ops: {cls.name} has no forward-mode derivative")
 
 
-def register(op: Any, node: type[Recorded]) -> None:
+def record(op: Any, node: type[Recorded]) -> None:
     """Makes the node's class the operator's kernel for autograd."""
     node.name = name_of(op)
 
@@ -88,7 +86,7 @@ def register(op: Any, node: type[Recorded]) -> None:
         run = partial(below_autograd, op, keyset)
         return node.record(run, *args) if is_watched(*args) else run(*args)
 
-    _library.impl(node.name, kernel, "Autograd", with_keyset=True)
+    implement(op, kernel, "Autograd", with_keyset=True)
 
 
 # ---- No gradient -------------------------------------------------------------------------------
@@ -96,9 +94,6 @@ def register(op: Any, node: type[Recorded]) -> None:
 
 def _raise(gradient: Tensor, size: Sequence[int], dtype: torch.dtype, of: str) -> NoReturn:
     raise NotImplementedError(f"fa3_ops: {of} has no backward")
-
-
-_library.impl("no_gradient", _raise, "CompositeExplicitAutograd")
 
 
 def _likes(inputs: Iterable[object]) -> list[tuple[torch.Size, torch.dtype] | None]:
@@ -178,21 +173,16 @@ def _dsinks(
 
 def differentiable(op: Any, backward_op: Any) -> type[Recorded]:
     """The node of an attention operator: what its backward operator takes is saved by name."""
-    arguments = op._schema.arguments
-    names = [a.name for a in arguments]
-    defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
-    shared = [a.name for a in backward_op._schema.arguments if a.name in names]
-    tensors = [
-        a.name for a in arguments if a.name in (*shared, "sinks") and "Tensor" in str(a.type)
-    ]
-    name = name_of(op)
+    name, names = name_of(op), signature(op).names
+    types = dict(zip(names, signature(op).types, strict=True))
+    shared = [n for n in signature(backward_op).names if n in names]
+    tensors = [n for n in names if n in (*shared, "sinks") and "Tensor" in types[n]]
 
     class Gradient(Recorded):
         @staticmethod
         def forward(ctx: Any, run: Any, *args: Any) -> tuple[Tensor, Tensor]:
             output: tuple[Tensor, Tensor] = run(*args)
-            # The dispatcher leaves out the last arguments that have their defaults.
-            given = defaults | dict(zip(names, args, strict=False))
+            given = bind(op, args, {})
             ctx.inputs = _likes(args)
             ctx.settings = {n: given[n] for n in shared if n not in tensors}
             ctx.no_gradient = None
@@ -238,16 +228,18 @@ def differentiable(op: Any, backward_op: Any) -> type[Recorded]:
     return Gradient
 
 
-for _op, _backward in (
-    (ops.flash_attn_func.default, ops.flash_attn_func_backward.default),
-    (ops.flash_attn_varlen_func.default, ops.flash_attn_varlen_func_backward.default),
-):
-    register(_op, differentiable(_op, _backward))
-for _op in (
-    ops.flash_attn_func_backward.default,
-    ops.flash_attn_varlen_func_backward.default,
-    ops.flash_attn_kvcache.default,
-    ops.apply_rotary.default,
-    ops.flash_attn_combine.default,
-):
-    register(_op, without_gradient(name_of(_op)))
+def register() -> None:
+    implement(ops.no_gradient.default, _raise, "CompositeExplicitAutograd")
+    for op, backward_op in (
+        (ops.flash_attn_func.default, ops.flash_attn_func_backward.default),
+        (ops.flash_attn_varlen_func.default, ops.flash_attn_varlen_func_backward.default),
+    ):
+        record(op, differentiable(op, backward_op))
+    for op in (
+        ops.flash_attn_func_backward.default,
+        ops.flash_attn_varlen_func_backward.default,
+        ops.flash_attn_kvcache.default,
+        ops.apply_rotary.default,
+        ops.flash_attn_combine.default,
+    ):
+        record(op, without_gradient(name_of(op)))

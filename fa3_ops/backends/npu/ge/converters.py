@@ -1,7 +1,7 @@
 """Converters from our operators to CANN's graph engine (GE), for torchair's backend "npu".
 
 torchair.py imports this file once torchair is loaded. kvcache_append_ becomes ScatterPaKvCache,
-which writes the caches in place, and attention FusedInferAttentionScore (ge_attention.py).
+which writes the caches in place, and attention FusedInferAttentionScore (attention.py).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torchair.ge import DataType, attr, custom_op
 
-from fa3_ops.backends.npu.ge_attention import attention, check_dtype
-from fa3_ops.backends.npu.ge_graph import (
+from fa3_ops.backends.npu.ge.attention import attention, check_dtype
+from fa3_ops.backends.npu.ge.graph import (
     GeTensor,
     Value,
     arange,
@@ -27,6 +27,7 @@ from fa3_ops.backends.npu.ge_graph import (
     static,
     where,
 )
+from fa3_ops.ops.schema import COMMON_NAMES, bind
 
 
 def kvcache_append(a: SimpleNamespace) -> None:
@@ -137,7 +138,6 @@ CONVERTERS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "flash_attn_combine": refuse_operator,
     "get_scheduler_metadata": refuse_operator,
 }
-ATTENTION_NAMES = {"k_cache": "k", "v_cache": "v", "cache_seqlens": "seqused_k"}
 NOT_IN_EVERY_ATTENTION = (
     "cu_seqlens_q",
     "cu_seqlens_k",
@@ -151,13 +151,11 @@ NOT_IN_EVERY_ATTENTION = (
 
 def converter(op: torch._ops.OpOverload, lower: Callable[[SimpleNamespace], Any]) -> Any:
     """torchair passes arguments as the FX graph has them, without defaults."""
-    schema = {a.name: a for a in op._schema.arguments}
-    defaults = {name: a.default_value for name, a in schema.items() if a.has_default_value()}
 
     def convert(*args: Any, **kwargs: Any) -> Any:
-        given = defaults | dict(zip(schema, args, strict=False)) | kwargs
+        given = bind(op, args, kwargs)
         if lower is attention:
-            given = {ATTENTION_NAMES.get(name, name): value for name, value in given.items()}
+            given = {COMMON_NAMES.get(name, name): value for name, value in given.items()}
             given = dict.fromkeys(NOT_IN_EVERY_ATTENTION) | given
         return lower(SimpleNamespace(**given, operator=op))
 

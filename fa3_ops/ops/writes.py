@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fa3_ops import checks
-from fa3_ops.autograd import below_autograd, is_watched, name_of, refuse_forward_mode
+from fa3_ops.ops import checks
+from fa3_ops.ops.autograd import below_autograd, is_watched, refuse_forward_mode
+from fa3_ops.ops.library import implement
+from fa3_ops.ops.schema import name_of, signature, tensors
 
 ops = torch.ops.fa3npu
-_library = torch.library.Library("fa3npu", "IMPL")
 
 
 def _refuse_leaf(x: Tensor, argument: str) -> None:
@@ -29,16 +30,16 @@ def _refuse_leaf(x: Tensor, argument: str) -> None:
             )
 
 
-def _refuse_derivatives(op: Any, tensors: dict[str, Tensor]) -> None:
+def _refuse_derivatives(op: Any, given: dict[str, Tensor]) -> None:
     name = name_of(op)
     if forward_ad._current_level >= 0:
-        refuse_forward_mode(name, tensors.values())
+        refuse_forward_mode(name, given.values())
     if not torch.is_grad_enabled():
         return
-    for argument in op._schema.arguments:
-        if argument.alias_info is not None and argument.name in tensors and not argument.kwarg_only:
-            _refuse_leaf(tensors[argument.name], argument.name)
-    for argument, x in tensors.items():
+    for argument in signature(op).written:
+        if argument in given and argument != "out":
+            _refuse_leaf(given[argument], argument)
+    for argument, x in given.items():
         if x.requires_grad and op._overloadname == "out":
             raise RuntimeError(
                 f"fa3_ops: {name}(): functions with out=... arguments don't support automatic "
@@ -51,21 +52,13 @@ def _refuse_derivatives(op: Any, tensors: dict[str, Tensor]) -> None:
             )
 
 
-def _tensors(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    names = [argument.name for argument in op._schema.arguments]
-    given = dict(zip(names, args, strict=False)) | kwargs
-    return {name: x for name, x in given.items() if isinstance(x, Tensor)}
-
-
 def refuse_derivatives(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuses a call of a writing operator that autograd would have to follow."""
     if is_watched(*args, **kwargs):
-        _refuse_derivatives(op, _tensors(op, args, kwargs))
+        _refuse_derivatives(op, tensors(op, args, kwargs))
 
 
-def register(op: Any) -> None:
-    name = op.name().removeprefix("fa3npu::")
-
+def _watch(op: Any) -> None:
     def kernel(keyset: Any, *args: Any, **out: Any) -> Any:
         refuse_derivatives(op, args, out)
         return below_autograd(op, keyset, *args, **out)
@@ -73,23 +66,23 @@ def register(op: Any) -> None:
     def negated(*args: Any, **out: Any) -> Any:
         """PyTorch's own way with lazily negated tensors wants every operator that writes to return
         what it wrote."""
-        tensors = _tensors(op, args, out)
-        for argument in op._schema.arguments:
-            if argument.alias_info is not None:
-                checks.not_negated(tensors[argument.name], argument.name)
+        given = tensors(op, args, out)
+        for argument in signature(op).written:
+            checks.not_negated(given[argument], argument)
         return op(*map(_resolved, args), **out)
 
-    _library.impl(name, kernel, "Autograd", with_keyset=True)
-    _library.impl(name, negated, "Negative")
+    implement(op, kernel, "Autograd", with_keyset=True)
+    implement(op, negated, "Negative")
 
 
 def _resolved(x: Any) -> Any:
     return x.resolve_neg() if isinstance(x, Tensor) else x
 
 
-for _op in (
-    ops.kvcache_append_.default,
-    ops.flash_attn_kvcache.out,
-    ops.flash_attn_varlen_func.out,
-):
-    register(_op)
+def register() -> None:
+    for op in (
+        ops.kvcache_append_.default,
+        ops.flash_attn_kvcache.out,
+        ops.flash_attn_varlen_func.out,
+    ):
+        _watch(op)

@@ -3,19 +3,20 @@ takes the mapped dimension in; every other operator is called for one entry afte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from fa3_ops.autograd import name_of
+from fa3_ops.ops.library import implement
+from fa3_ops.ops.schema import name_of, signature
 
 ops = torch.ops.fa3npu
-_library = torch.library.Library("fa3npu", "IMPL")
 _BATCHED = ("dout", "q", "k", "v", "out", "softmax_lse", "dsoftmax_lse")
 
 
-def _folds(names: list[str], in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> bool:
+def _folds(names: Sequence[str], in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> bool:
     """Whether all that belongs to a batch entry can be put into one larger batch: what else there
     is must be the same for every entry."""
     return all(
@@ -31,8 +32,7 @@ def _fold(op: Any, info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, 
         x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
         return x.flatten(0, 1)
 
-    names = [argument.name for argument in op._schema.arguments]
-    results = op(*map(fold, names, in_dims, args))
+    results = op(*map(fold, signature(op).names, in_dims, args))
     unfolded = (x.unflatten(0, (info.batch_size, len(x) // info.batch_size)) for x in results)
     return tuple(unfolded), (0,) * len(results)
 
@@ -52,17 +52,16 @@ def _loop(op: Any, info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, 
     return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
 
-def _register(op: Any) -> None:
-    arguments = op._schema.arguments
-    names = [argument.name for argument in arguments]
+def _map(op: Any) -> None:
+    names, written = signature(op).names, signature(op).written
     folds = name_of(op) in ("flash_attn_func", "flash_attn_func_backward")
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        for argument, dim in zip(arguments, in_dims, strict=False):
-            if argument.alias_info is not None and dim is None:
+        for name, dim in zip(names, in_dims, strict=False):
+            if name in written and dim is None:
                 raise NotImplementedError(
-                    f"fa3_ops: {name_of(op)} under vmap must have a batched {argument.name}: every "
-                    f"entry would write the same one"
+                    f"fa3_ops: {name_of(op)} under vmap must have a batched {name}: every entry "
+                    f"would write the same one"
                 )
         one_batch = folds and info.batch_size > 0 and _folds(names, in_dims, args)
         return (_fold if one_batch else _loop)(op, info, in_dims, args)
@@ -74,20 +73,21 @@ def _refuse(op: Any) -> None:
     def kernel(*args: Any, **kwargs: Any) -> NoReturn:
         raise NotImplementedError(f"fa3_ops: {name_of(op)} with out= has no vmap")
 
-    _library.impl(op.name().removeprefix("fa3npu::"), kernel, "FuncTorchBatched")
+    implement(op, kernel, "FuncTorchBatched")
 
 
-_refuse(ops.flash_attn_varlen_func.out)
-_refuse(ops.flash_attn_kvcache.out)
-for _op in (
-    ops.flash_attn_func.default,
-    ops.flash_attn_func_backward.default,
-    ops.flash_attn_varlen_func.default,
-    ops.flash_attn_varlen_func_backward.default,
-    ops.flash_attn_kvcache.default,
-    ops.kvcache_append_.default,
-    ops.apply_rotary.default,
-    ops.flash_attn_combine.default,
-    ops.get_scheduler_metadata.default,
-):
-    _register(_op)
+def register() -> None:
+    _refuse(ops.flash_attn_varlen_func.out)
+    _refuse(ops.flash_attn_kvcache.out)
+    for op in (
+        ops.flash_attn_func.default,
+        ops.flash_attn_func_backward.default,
+        ops.flash_attn_varlen_func.default,
+        ops.flash_attn_varlen_func_backward.default,
+        ops.flash_attn_kvcache.default,
+        ops.kvcache_append_.default,
+        ops.apply_rotary.default,
+        ops.flash_attn_combine.default,
+        ops.get_scheduler_metadata.default,
+    ):
+        _map(op)

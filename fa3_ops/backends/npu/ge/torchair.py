@@ -19,9 +19,9 @@ PACKAGE = "torch_npu.dynamo.torchair"
 def attach(torchair: ModuleType) -> None:
     """Registers the converters. What goes wrong here must not break torchair for others."""
     try:
-        from fa3_ops.backends.npu import ge_converters
+        from fa3_ops.backends.npu.ge import converters
 
-        ge_converters.register(torchair.register_fx_node_ge_converter)
+        converters.register(torchair.register_fx_node_ge_converter)
     except Exception as error:
         warnings.warn(
             f"fa3_ops has no GE converters for this torchair: {error}", RuntimeWarning, stacklevel=2

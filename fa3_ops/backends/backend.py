@@ -1,0 +1,61 @@
+"""What a backend is, and what it learns of the run that it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from fa3_ops.backends.call import Request
+
+if TYPE_CHECKING:
+    from fa3_ops.backends.devices import Device
+    from fa3_ops.backends.lowering.lengths import Lengths
+
+AnyRequest = TypeVar("AnyRequest", bound=Request)
+
+
+@dataclass
+class Run:
+    """What the host knows of one run of a request, and what is worth telling of it."""
+
+    request: Request  # as it was asked for
+    device: Device
+    capturing: bool  # a device graph is being recorded
+    host_may_wait: bool  # for the device, to read lengths
+    lengths: Lengths | None = None  # once a backend that wants them has been asked
+    notes: list[str] = field(default_factory=list)  # what the lowering did, for explain()
+    compiled: Callable[[], Any] | None = None  # the device's compiled kernel, for the same call
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def constant(self, make: Callable[[torch.device], Tensor], at: torch.device) -> Tensor:
+        """make(at), which is kept."""
+        return self.device.constant(make, at)
+
+
+class Backend(Generic[AnyRequest]):
+    """One way to serve one kind of request. Backends of one name belong together."""
+
+    name: str
+    reads_lengths = False  # the host reads lengths, and waits for the device, before it is asked
+    capturable = True  # a graph may record it: it neither waits nor tiles by what tensors hold
+    bitwise = False  # it keeps the contract of docs/design.md
+
+    def not_supported_reasons(self, request: AnyRequest, run: Run) -> list[str]:
+        """Why it cannot serve the request; empty if it can. Looks at shapes and dtypes, and at
+        run.lengths where they are there."""
+        return []
+
+    def lower(self, request: AnyRequest, run: Run) -> Any:
+        """The request as its kernel takes it. May compute; writes nothing that the caller has."""
+        return request
+
+    def launch(self, request: AnyRequest, lowered: Any, run: Run) -> Any:
+        """The operator's results: those of attention always as (out, softmax_lse)."""
+        raise NotImplementedError

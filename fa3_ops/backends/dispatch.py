@@ -1,0 +1,132 @@
+"""Where PyTorch's dispatcher hands calls over.
+
+On a device whose kernels are Python, under its dispatch key. On one whose kernels are compiled,
+calls go to them without Python, until somebody asks for a backend or adds one: then they pass here,
+under the key that PyTorch has for choosing a backend.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+from fa3_ops.backends import choice, devices
+from fa3_ops.backends.backend import Backend
+from fa3_ops.backends.call import Request, request_of
+from fa3_ops.backends.devices import Device
+from fa3_ops.backends.run import serve
+from fa3_ops.ops.library import implement
+from fa3_ops.ops.schema import full_name_of
+
+
+def operators() -> list[Any]:
+    """The overloads that have kernels."""
+    ops = torch.ops.fa3npu
+    return [
+        ops.flash_attn_func.default,
+        ops.flash_attn_func_backward.default,
+        ops.flash_attn_varlen_func.default,
+        ops.flash_attn_varlen_func.out,
+        ops.flash_attn_varlen_func_backward.default,
+        ops.flash_attn_kvcache.default,
+        ops.flash_attn_kvcache.out,
+        ops.kvcache_append_.default,
+        ops.apply_rotary.default,
+        ops.flash_attn_combine.default,
+        ops.get_scheduler_metadata.default,
+    ]
+
+
+def _serve(op: Any, request: Request, compiled: Callable[[], Any] | None = None) -> Any:
+    results = serve(request, compiled)
+    return results[1] if op._overloadname == "out" else results  # which returns softmax_lse alone
+
+
+def serve_by_python(device: Device) -> None:
+    """Registers kernels for the device's dispatch key."""
+    assert device.key is not None
+    for op in operators():
+        implement(op, _python_kernel(op), device.key)
+
+
+def _python_kernel(op: Any) -> Callable[..., Any]:
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        return _serve(op, request_of(op, args, kwargs))
+
+    return kernel
+
+
+_lock = threading.Lock()
+_interceptors = 0
+_library: Any = None
+
+
+def intercept() -> None:
+    """Lets calls on devices with compiled kernels pass here, until `release`."""
+    global _interceptors, _library
+    with _lock:
+        _interceptors += 1
+        if _interceptors == 1:
+            _library = torch.library.Library("fa3npu", "FRAGMENT")
+            for op in operators():
+                kernel = _choosing_kernel(op)
+                _library.impl(full_name_of(op), kernel, "BackendSelect", with_keyset=True)
+
+
+def release() -> None:
+    global _interceptors, _library
+    with _lock:
+        _interceptors -= 1
+        if _interceptors == 0:
+            _library._destroy()
+            _library = None
+
+
+def _choosing_kernel(op: Any) -> Callable[..., Any]:
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        below = keyset.remove(torch._C.DispatchKey.BackendSelect)
+        compiled = partial(op.redispatch, below, *args, **kwargs)
+        request = request_of(op, args, kwargs)
+        device = devices.of(request.device)
+        if device.key is not None or not device.backends:
+            return compiled()
+        return _serve(op, request, compiled)
+
+    return kernel
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serves the calls inside with the backend of this name ("flash_attn_npu",
+    "fused_infer_attention", "cpu", "torch"), or raises: NotImplementedError with the reasons why it
+    cannot, ValueError where the device of a call has none of that name. Attention and its gradients
+    are served by it or not at all; the other operators, where it has kernels for them. The
+    environment variable FA3NPU_BACKEND, set before fa3_ops is imported, does the same for a whole
+    process."""
+    intercept()
+    try:
+        with choice.asking(name):
+            yield
+    finally:
+        release()
+
+
+def add_backend(
+    device: str, kind: type[Request], backend: Backend[Any], *, first: bool = False
+) -> None:
+    """Adds a backend for one kind of request on the devices of a type: as the last resort, which
+    serves what no other can or who asks for it, or as the first choice."""
+    backends = devices.of(torch.device(device)).backends[kind]
+    backends.insert(0 if first else len(backends), backend)
+    intercept()
+
+
+def remove_backend(device: str, kind: type[Request], backend: Backend[Any]) -> None:
+    """Undoes add_backend."""
+    devices.of(torch.device(device)).backends[kind].remove(backend)
+    release()

@@ -1,0 +1,22 @@
+"""Slower ways are taken loudly."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+
+class FallbackWarning(UserWarning):
+    """A call was served by a slower way than the best one of its device."""
+
+
+_warned: set[str] = set()
+
+
+def fallback(message: str) -> None:
+    """Warns once per message, or raises with FA3NPU_STRICT=1."""
+    if os.environ.get("FA3NPU_STRICT") == "1":
+        raise NotImplementedError(f"fa3_ops: {message} (FA3NPU_STRICT=1)")
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(f"fa3_ops: {message}", FallbackWarning, stacklevel=2)

@@ -1,0 +1,1 @@
+"""Our operators in graphs of CANN's graph engine (GE), torchair's backend "npu"."""

@@ -1,0 +1,14 @@
+"""Every kind of request in plain torch operators, the last resort on any device."""
+
+from fa3_ops.backends.torch_ops.apply_rotary import TorchRotation
+from fa3_ops.backends.torch_ops.attention import TorchAttention, TorchGradient
+from fa3_ops.backends.torch_ops.flash_attn_combine import TorchCombination
+from fa3_ops.backends.torch_ops.kvcache_append import TorchAppend
+
+__all__ = [
+    "TorchAppend",
+    "TorchAttention",
+    "TorchCombination",
+    "TorchGradient",
+    "TorchRotation",
+]

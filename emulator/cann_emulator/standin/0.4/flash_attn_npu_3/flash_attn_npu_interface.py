@@ -4,13 +4,13 @@ import math
 from typing import Any
 
 import torch
-from npu_kernel_model.host import METADATA
-from npu_kernel_model.interface import (
+from cann_emulator.standin.kernel_model.host import METADATA
+from cann_emulator.standin.kernel_model.interface import (
     make_flash_attn_with_kvcache,
     make_forward,
     maybe_contiguous,
 )
-from npu_kernel_model.tiling import BYTES
+from cann_emulator.standin.kernel_model.tiling import BYTES
 from torch import Tensor
 
 from . import flash_attn_npu_3

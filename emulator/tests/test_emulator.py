@@ -5,26 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
+import cann_emulator
 import pytest
+import torch
+import torch.nn.functional as F
+import torch_npu
+import torch_npu.dynamo.torchair  # makes the next import possible
+import torchair
+from cann_emulator import build, ir
 
-for name, setting in {
-    "CANNEMU_LAZY": "1",
-    "CANNEMU_POISON": "1",
-    "PYTORCH_NO_NPU_MEMORY_CACHING": "1",
-}.items():
-    os.environ.setdefault(name, setting)
-
-import cann_emulator  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-import torch_npu  # noqa: E402
-import torch_npu.dynamo.torchair  # noqa: E402  makes the next import possible
-import torchair  # noqa: E402
-from cann_emulator import build, ir  # noqa: E402
-
-EMULATOR = Path(__file__).parent / "emulator"
 STREAM_CAPTURED = "107027"
 
 
@@ -33,7 +23,7 @@ def run_python(
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],
-        env={**os.environ, "PYTHONPATH": str(EMULATOR), **environment},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -914,7 +904,7 @@ def test_without_laziness_work_runs_when_it_is_submitted():
     environment = {k: v for k, v in os.environ.items() if k != "CANNEMU_LAZY"}
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env=environment | {"PYTHONPATH": str(EMULATOR)},
+        env=environment,
         capture_output=True,
         text=True,
     )

@@ -1,8 +1,3 @@
 """A stand-in for flash_attn_npu 0.3.0 on Ascend 910, raw alone; see ../../README.md."""
 
 __version__ = "0.3.0"
-
-import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).parents[2]))  # npu_kernel_model

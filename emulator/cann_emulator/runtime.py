@@ -7,12 +7,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 
-from .build import LIB, LIBRARIES, up_to_date
+from .build import LIB, LIBRARIES, ensure
 
-if not up_to_date():  # its sources, torch or torch_npu have changed
-    raise ImportError("the emulator is not built: run python -m cann_emulator.build")
 if "torch_npu" in sys.modules:
     raise ImportError("import cann_emulator before torch_npu")
+ensure()
 
 # With torch_npu's task queue, the error of an op is raised by a later one, and the ops in between
 # are lost without a word.

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import runtime
+
 
 def cores() -> int:
     """AI cores of the modelled device."""
@@ -20,9 +22,7 @@ def host(tensor: Tensor) -> Tensor:
     """The same bytes as a CPU tensor."""
     if tensor.device.type == "cpu":
         return tensor
-    import cann_emulator
-
-    return cann_emulator.host(tensor)
+    return runtime.host(tensor)
 
 
 def guarded(argument: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -47,9 +47,7 @@ def launch(device: torch.device, kernel: Callable[[], None]) -> None:
     if device.type == "cpu":
         kernel()
     else:
-        import cann_emulator
-
-        cann_emulator.submit(kernel)
+        runtime.submit(kernel)
 
 
 def is_capturing(device: torch.device) -> bool:

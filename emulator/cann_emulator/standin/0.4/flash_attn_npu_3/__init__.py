@@ -2,12 +2,7 @@
 
 __version__ = "0.4.2.post1"
 
-import sys
-from pathlib import Path
-
 import torch_npu
-
-sys.path.append(str(Path(__file__).parents[2]))  # npu_kernel_model
 
 # On Ascend 950 only the raw extension flash_attn_npu_3_950 is modelled.
 if "Ascend910" in torch_npu.npu.get_device_name():

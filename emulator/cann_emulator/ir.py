@@ -3,7 +3,7 @@
 import re
 from functools import cache
 
-from .build import SITE
+from .build import TORCH_NPU
 
 # The operators that torchair's ge.custom_op can name without an operator package of the user's.
 REGISTERED = ("FusedInferAttentionScore", "ScatterPaKvCache")
@@ -28,7 +28,7 @@ _ATTRS = {
 
 @cache
 def _torchair_operators() -> str:
-    folder = SITE / "torch_npu" / "dynamo" / "torchair" / "_ge_concrete_graph"
+    folder = TORCH_NPU / "dynamo" / "torchair" / "_ge_concrete_graph"
     return (folder / "auto_generated_ge_raw_ops.py").read_text()
 
 

@@ -1,0 +1,22 @@
+#include "cpu/tile/baseline.h"
+
+#include <torch/headeronly/util/Float8_e4m3fn.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <array>
+
+namespace fa3npu {
+
+const float* float8_table() {
+  static const std::array<float, 256> table = [] {
+    std::array<float, 256> values;
+    for (int i = 0; i < 256; ++i)
+      values[i] = c10::Float8_e4m3fn(uint8_t(i), c10::Float8_e4m3fn::from_bits());
+    return values;
+  }();
+  return table.data();
+}
+
+uint16_t float_to_half(float x) { return c10::Half(x).x; }
+
+}  // namespace fa3npu

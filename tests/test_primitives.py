@@ -32,17 +32,24 @@ def run(*command: str) -> str:
     return result.stdout
 
 
-def primitives(program: Path, capability: str, *compiler: str) -> str:
-    """Compiles the test of an instruction set as the kernels are compiled."""
-    sources = (ROOT / "tests/cpp/primitives.cpp", ROOT / "csrc/cpu/tile/baseline.cpp")
-    run(*compiler, *FLAGS, f"-DFA3NPU_FOR_{capability}", *map(str, sources), "-o", str(program))
-    return str(program)
+def program(name: str, folder: Path, capability: str, *compiler: str) -> str:
+    """Compiles a test of an instruction set as the kernels are compiled."""
+    sources = (ROOT / f"tests/cpp/{name}.cpp", ROOT / "csrc/cpu/tile/baseline.cpp")
+    made = str(folder / name)
+    run(*compiler, *FLAGS, f"-DFA3NPU_FOR_{capability}", *map(str, sources), "-o", made)
+    return made
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_primitives(capability: str, tmp_path: Path) -> None:
-    printed = run(primitives(tmp_path / "primitives", capability, *CXX)).splitlines()
+    printed = run(program("primitives", tmp_path, capability, *CXX)).splitlines()
     assert (printed[0], printed[-1]) == (capability, "0 failures")
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_scratch_has_an_end(capability: str, tmp_path: Path) -> None:
+    printed = run(program("scratch", tmp_path, capability, *CXX, "-O1")).splitlines()
+    assert printed == [capability, "0 failures"]
 
 
 def test_every_header_stands_alone(tmp_path: Path) -> None:
@@ -65,8 +72,8 @@ def test_every_header_stands_alone(tmp_path: Path) -> None:
 )
 class TestArm:
     def test_primitives(self, tmp_path: Path) -> None:
-        program = primitives(tmp_path / "primitives", "NEON", ARM_CXX, "-static")
-        printed = run(ARM, program).splitlines()
+        made = program("primitives", tmp_path, "NEON", ARM_CXX, "-static")
+        printed = run(ARM, made).splitlines()
         assert (printed[0], printed[-1]) == ("NEON", "0 failures")
 
     def test_everything_compiles(self, tmp_path: Path) -> None:

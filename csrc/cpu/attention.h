@@ -68,10 +68,7 @@ struct Attention {
   int64_t group() const { return nheads / nheads_k; }
   int64_t rows(int64_t sequence) const { return sequences[sequence].q_len * group(); }
   bool is_double() const { return q.dtype == ScalarType::Double; }
-  int64_t sum_size() const { return is_double() ? 8 : 4; }
   int64_t row_capacity() const { return round_up(row_tile, 32); }  // of a tile's buffers
-  int64_t state_ld() const { return round_up(headdim_v, 32); }
-  int64_t widths() const { return round_up(headdim, 32) + round_up(headdim_v, 32); }
 
   // The keys that query row i sees: every mask of FlashAttention is one interval per row, aligned
   // bottom-right, and both ends grow with i.

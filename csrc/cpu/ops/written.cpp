@@ -29,7 +29,7 @@ void check_distinct_elements(const Tensor& t, const char* name) {
     if (t.size(i) != 1) steps.push_back({t.stride(i), t.size(i)});
   std::sort(steps.begin(), steps.end());
   int64_t reach = 0;  // from the first to the last element of the dimensions before
-  for (const auto [stride, size] : steps) {
+  for (const auto& [stride, size] : steps) {
     FA3_CHECK(stride > reach || t.numel() == 0, name,
               " must have a place for every element, got elements that share one: shape ",
               shape_of(t), ", a stride of ", stride);

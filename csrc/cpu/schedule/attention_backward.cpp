@@ -24,12 +24,6 @@ void KeyTask::done(int64_t row_tile) const {
 
 namespace {
 
-int64_t scratch_bytes(const Attention& a) {
-  const int64_t keys = 4 * (kKeyTile + 128) * a.widths();
-  const int64_t rows = a.row_capacity() * (5 * a.widths() + 4 * 128 + 32);
-  return a.sum_size() * (keys + rows + 4 * 96 * 128) + 65536;
-}
-
 void compute_delta(const Attention& a, int64_t threads) {
   constexpr int64_t kPositions = 32;
   struct Positions {
@@ -39,8 +33,9 @@ void compute_delta(const Attention& a, int64_t threads) {
   for (int64_t b = 0; b < a.batch_size; ++b)
     for (int64_t i = 0; i < a.sequences[b].q_len; i += kPositions)
       work.push_back({b, i, std::min(i + kPositions, a.sequences[b].q_len)});
-  run_dynamically(threads, work.size(), scratch_bytes(a), [&](int64_t i, char* scratch) {
-    kernels(a.q.dtype).backward_delta(a, work[i].sequence, work[i].begin, work[i].end, scratch);
+  const Kernels& k = kernels(a.q.dtype);
+  run_dynamically(threads, work.size(), k.backward_bytes(a), [&](int64_t i, Memory scratch) {
+    k.backward_delta(a, work[i].sequence, work[i].begin, work[i].end, scratch);
   });
 }
 
@@ -49,6 +44,10 @@ struct Head {
   int64_t sequence, head_k, rows, keys;
   int64_t row_tiles_before;  // in its wave
 };
+
+int64_t row_tiles_of(const Attention& a, const Head& h) {
+  return (h.rows + a.row_tile - 1) / a.row_tile;
+}
 
 std::vector<Head> heads_of(const Attention& a) {
   std::vector<Head> heads;
@@ -67,9 +66,14 @@ int64_t choose_key_tile(const std::vector<Head>& heads, int64_t threads) {
   return std::clamp(fair, kKeyTileUnit, kKeyTile);
 }
 
-// Heads whose dq is summed at the same time, in tiles of `tile_bytes`.
+// Heads whose dq is summed at the same time.
 void run_wave(const Attention& a, int64_t threads, int64_t key_tile, const Head* heads,
-              const Head* end, int64_t row_tiles, char* dq, int64_t tile_bytes) {
+              const Head* end, int64_t row_tiles, Memory dq) {
+  const Kernels& k = kernels(a.q.dtype);
+  const auto dq_of = [&](const Head& h) {
+    const int64_t bytes = k.dq_bytes(a);
+    return dq.slice(h.row_tiles_before * bytes, row_tiles_of(a, h) * bytes);
+  };
   std::vector<std::atomic<int64_t>> turns(row_tiles);
   for (const Head* h = heads; h < end; ++h)
     for (int64_t row = 0; row < h->rows; row += a.row_tile) {
@@ -85,13 +89,11 @@ void run_wave(const Attention& a, int64_t threads, int64_t key_tile, const Head*
       for (const Head* h = some; h < some_end; ++h)
         if (key < h->keys)
           tasks.push_back({h->sequence, h->head_k, key, std::min(key + key_tile, h->keys),
-                           dq + h->row_tiles_before * tile_bytes,
-                           turns.data() + h->row_tiles_before});
+                           dq_of(*h), turns.data() + h->row_tiles_before});
   }
   // Started in this order, so that no task waits for one that has no thread.
-  run_dynamically(threads, tasks.size(), scratch_bytes(a), [&](int64_t i, char* scratch) {
-    kernels(a.q.dtype).backward_keys(a, tasks[i], scratch);
-  });
+  run_dynamically(threads, tasks.size(), k.backward_bytes(a),
+                  [&](int64_t i, Memory scratch) { k.backward_keys(a, tasks[i], scratch); });
 }
 
 }  // namespace
@@ -103,11 +105,11 @@ void attention_backward(const Attention& call) {
   std::vector<Head> heads = heads_of(a);
   int64_t most_rows = 0;
   for (const Head& h : heads) most_rows = std::max(most_rows, h.rows);
-  a.row_tile = std::min(kRows, round_up(most_rows, 32));
+  a.row_tile = std::clamp<int64_t>(round_up(most_rows, 32), 32, kRows);
   if (most_rows > 0) compute_delta(a, threads);
 
   const int64_t key_tile = choose_key_tile(heads, threads);
-  const int64_t tile_bytes = a.row_tile * round_up(a.headdim, 32) * a.sum_size();
+  const int64_t tile_bytes = kernels(a.q.dtype).dq_bytes(a);
   const Head* const end = heads.data() + heads.size();
   GrowingMemory dq;
   for (Head *first = heads.data(), *last; first < end; first = last) {
@@ -115,10 +117,9 @@ void attention_backward(const Attention& call) {
     const auto fits = [&] { return row_tiles * tile_bytes < threads * kWaveBytes; };
     for (last = first; last < end && (last - first < threads || fits()); ++last) {
       last->row_tiles_before = row_tiles;
-      if (last->rows > 0) row_tiles += (last->rows - 1) / a.row_tile + 1;
+      row_tiles += row_tiles_of(a, *last);
     }
-    run_wave(a, threads, key_tile, first, last, row_tiles, dq.at_least(row_tiles * tile_bytes),
-             tile_bytes);
+    run_wave(a, threads, key_tile, first, last, row_tiles, dq.of(row_tiles * tile_bytes));
   }
 }
 

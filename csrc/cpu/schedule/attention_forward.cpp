@@ -39,12 +39,6 @@ int64_t choose_row_tile(const Attention& a, int64_t threads) {
   return std::min(longest, std::clamp<int64_t>(fair, 96, kRowTile));
 }
 
-int64_t scratch_bytes(const Attention& a) {   // the most that any kernel takes
-  const int64_t keys = 4 * 288 * a.widths();  // rows, spare, transposed and strips of a panel
-  const int64_t rows = a.row_capacity() * (a.widths() + 16) + kFewRows * (256 + a.widths());
-  return a.sum_size() * (keys + a.together * rows + 4 * 96 * 128) + 65536;
-}
-
 struct Chunks {
   int64_t begin, end;
 };
@@ -75,82 +69,112 @@ int64_t choose_together(const Attention& a, int64_t threads) {
   return together;
 }
 
-}  // namespace
+// A call cut into units of work, of `together` tiles each, and what both ways to run them need.
+class Forward {
+ public:
+  Forward(const Attention& call, int64_t threads) : a_(call), threads_(threads) {
+    a_.row_tile = choose_row_tile(a_, threads);
+    a_.together = choose_together(a_, threads);
+    tiles_ = row_tiles(a_);
+    for (size_t i = 0; i < tiles_.size(); i += a_.together)
+      chunks_.push_back(chunks_of(a_, tiles_[i]));
+    state_bytes_ = k_.state_bytes(a_);
+    scratch_bytes_ = k_.forward_bytes(a_);
+  }
 
-int64_t state_bytes(const Attention& a) {
-  return round_up(a.sum_size() * (a.row_capacity() * (2 + a.state_ld()) + 64), 64);
-}
+  void run() const {
+    if (tiles_.empty()) return;
+    if (units() >= threads_)
+      run_units();
+    else
+      run_chunks();
+  }
 
-void attention_forward(const Attention& call) {
-  const Kernels& k = kernels(call.q.dtype);
-  const int64_t threads = choose_threads(call);
-  Attention a = call;
-  a.row_tile = choose_row_tile(a, threads);
-  a.together = choose_together(a, threads);
-  const auto tiles = row_tiles(a);
-  if (tiles.empty()) return;
-  const int64_t state = state_bytes(a), together = a.together, states = together * state;
-  const int64_t units = tiles.size() / together;  // of `together` tiles each
-  const auto tiles_of = [&](int64_t unit) { return tiles.data() + unit * together; };
-  std::vector<Chunks> chunks_of_unit;
-  for (int64_t i = 0; i < units; ++i) chunks_of_unit.push_back(chunks_of(a, *tiles_of(i)));
+ private:
+  int64_t units() const { return chunks_.size(); }
+  const RowTile* tiles_of(int64_t unit) const { return tiles_.data() + unit * a_.together; }
 
-  if (units >= threads) {
-    run_dynamically(threads, units, 2 * states + scratch_bytes(a), [&](int64_t i, char* scratch) {
-      char *total = scratch, *part = scratch + states, *rest = scratch + 2 * states;
-      const RowTile* unit = tiles_of(i);
-      const Chunks chunks = chunks_of_unit[i];
-      for (int64_t c = chunks.begin; c < chunks.end; ++c) {
-        k.forward_chunk(a, unit, together, c, c == chunks.begin ? total : part, rest);
-        for (int64_t t = 0; c > chunks.begin && t < together; ++t)
-          k.merge_state(a, unit[t], total + t * state, part + t * state);
-      }
-      for (int64_t t = 0; t < together; ++t) {
-        if (chunks.begin == chunks.end) k.empty_state(a, total + t * state);
-        k.finish(a, unit[t], total + t * state);
-      }
+  // Each thread takes whole units.
+  void run_units() const {
+    const int64_t states = a_.together * state_bytes_;
+    run_dynamically(threads_, units(), 2 * states + scratch_bytes_, [&](int64_t i, Memory memory) {
+      const Memory total = memory.slice(0, states), part = memory.slice(states, states);
+      run_unit(i, total, part, memory.slice(2 * states, scratch_bytes_));
     });
-    return;
+  }
+
+  void run_unit(int64_t i, Memory total, Memory part, Memory scratch) const {
+    const RowTile* tiles = tiles_of(i);
+    const Chunks chunks = chunks_[i];
+    for (int64_t c = chunks.begin; c < chunks.end; ++c) {
+      const bool starts = c == chunks.begin;
+      k_.forward_chunk(a_, tiles, a_.together, c, starts ? total : part, scratch);
+      for (int64_t t = 0; !starts && t < a_.together; ++t)
+        k_.merge_state(a_, tiles[t], state(total, t), state(part, t));
+    }
+    for (int64_t t = 0; t < a_.together; ++t) {
+      if (chunks.begin == chunks.end) k_.empty_state(a_, state(total, t));
+      k_.finish(a_, tiles[t], state(total, t));
+    }
   }
 
   // Fewer units than threads: chunks in parallel, a wave of them at a time so that memory does not
   // grow with the keys, and merged in the same order.
-  int64_t first = std::numeric_limits<int64_t>::max(), last = 0;
-  for (const Chunks& chunks : chunks_of_unit) {
-    if (chunks.begin == chunks.end) continue;
-    first = std::min(first, chunks.begin);
-    last = std::max(last, chunks.end);
-  }
-  const int64_t wave = std::clamp<int64_t>(last - first, 1, (8 * threads + units - 1) / units);
-  const int64_t bytes = (1 + wave) * units * states;
-  const Memory memory = aligned_memory(bytes);
-  char *totals = memory.get(), *parts = totals + units * states;
-  for (int64_t i = 0; i < int64_t(tiles.size()); ++i) k.empty_state(a, totals + i * state);
-  for (; first < last; first += wave) {
-    std::vector<std::pair<int64_t, int64_t>> work;  // (unit, chunk)
-    for (int64_t i = 0; i < units; ++i) {
-      const Chunks chunks = chunks_of_unit[i];
-      for (int64_t c = std::max(first, chunks.begin); c < std::min(first + wave, chunks.end); ++c)
-        work.push_back({i, c});
+  void run_chunks() const {
+    int64_t first = std::numeric_limits<int64_t>::max(), last = 0;
+    for (const Chunks& chunks : chunks_) {
+      if (chunks.begin == chunks.end) continue;
+      first = std::min(first, chunks.begin);
+      last = std::max(last, chunks.end);
     }
+    const int64_t wave =
+        std::clamp<int64_t>(last - first, 1, (8 * threads_ + units() - 1) / units());
+    const int64_t tiles = tiles_.size(), all = tiles * state_bytes_;
+    GrowingMemory memory;
+    const Memory states = memory.of((1 + wave) * all);
+    const Memory totals = states.slice(0, all), parts = states.slice(all, wave * all);
+    for (int64_t i = 0; i < tiles; ++i) k_.empty_state(a_, state(totals, i));
+    for (; first < last; first += wave) run_wave(first, first + wave, totals, parts);
+    run_dynamically(threads_, tiles, 0,
+                    [&](int64_t i, Memory) { k_.finish(a_, tiles_[i], state(totals, i)); });
+  }
+
+  // The chunks [first, end) of all units. A unit's first chunk goes into its totals.
+  void run_wave(int64_t first, int64_t end, Memory totals, Memory parts) const {
+    const int64_t states = a_.together * state_bytes_;
     const auto part_of = [&](int64_t unit, int64_t chunk) {
-      const bool starts = chunk == chunks_of_unit[unit].begin;  // the total
-      return starts ? totals + unit * states : parts + (unit * wave + chunk - first) * states;
+      const bool starts = chunk == chunks_[unit].begin;
+      return starts ? totals.part(unit, states)
+                    : parts.part(unit * (end - first) + chunk - first, states);
     };
-    run_dynamically(threads, work.size(), scratch_bytes(a), [&](int64_t i, char* scratch) {
+    std::vector<std::pair<int64_t, int64_t>> work;  // (unit, chunk)
+    for (int64_t i = 0; i < units(); ++i)
+      for (int64_t c = std::max(first, chunks_[i].begin); c < std::min(end, chunks_[i].end); ++c)
+        work.push_back({i, c});
+    run_dynamically(threads_, work.size(), scratch_bytes_, [&](int64_t i, Memory scratch) {
       const auto [unit, chunk] = work[i];
-      k.forward_chunk(a, tiles_of(unit), together, chunk, part_of(unit, chunk), scratch);
+      k_.forward_chunk(a_, tiles_of(unit), a_.together, chunk, part_of(unit, chunk), scratch);
     });
-    run_dynamically(threads, tiles.size(), 0, [&](int64_t i, char*) {
-      const int64_t unit = i / together, offset = i % together * state;
-      const Chunks chunks = chunks_of_unit[unit];
-      for (int64_t c = std::max(first, chunks.begin + 1); c < std::min(first + wave, chunks.end);
-           ++c)
-        k.merge_state(a, tiles[i], totals + i * state, part_of(unit, c) + offset);
+    run_dynamically(threads_, tiles_.size(), 0, [&](int64_t i, Memory) {
+      const int64_t unit = i / a_.together;
+      const Chunks chunks = chunks_[unit];
+      for (int64_t c = std::max(first, chunks.begin + 1); c < std::min(end, chunks.end); ++c)
+        k_.merge_state(a_, tiles_[i], state(totals, i), state(part_of(unit, c), i % a_.together));
     });
   }
-  run_dynamically(threads, tiles.size(), 0,
-                  [&](int64_t i, char*) { k.finish(a, tiles[i], totals + i * state); });
-}
+
+  Memory state(Memory states, int64_t i) const { return states.part(i, state_bytes_); }
+
+  Attention a_;
+  const Kernels& k_ = kernels(a_.q.dtype);
+  int64_t threads_;
+  std::vector<RowTile> tiles_;
+  std::vector<Chunks> chunks_;  // of each unit
+  int64_t state_bytes_, scratch_bytes_;
+};
+
+}  // namespace
+
+void attention_forward(const Attention& call) { Forward(call, choose_threads(call)).run(); }
 
 }  // namespace fa3npu

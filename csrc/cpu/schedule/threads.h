@@ -12,6 +12,7 @@
 #include <new>
 
 #include "cpu/attention.h"
+#include "cpu/tile/baseline.h"
 
 namespace fa3npu {
 
@@ -25,35 +26,28 @@ inline int64_t choose_threads(const Attention& a) {
   return std::clamp<int64_t>(work / kLeastWork, 1, torch::stable::get_num_threads());
 }
 
-typedef std::unique_ptr<char, decltype(&std::free)> Memory;
-
-inline Memory aligned_memory(int64_t bytes) {
-  Memory memory(static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 64))), &std::free);
-  if (!memory) throw std::bad_alloc();
-  return memory;
-}
-
 // Memory that only grows; what it held is lost then.
 class GrowingMemory {
  public:
-  char* at_least(int64_t bytes) {
+  Memory of(int64_t bytes) {
     if (size_ < bytes) {
       memory_.reset();
       size_ = 0;
-      memory_ = aligned_memory(bytes);
+      memory_.reset(static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 64))));
+      if (!memory_) throw std::bad_alloc();
       size_ = bytes;
     }
-    return memory_.get();
+    return {memory_.get(), bytes};
   }
 
  private:
-  Memory memory_{nullptr, &std::free};
+  std::unique_ptr<char, decltype(&std::free)> memory_{nullptr, &std::free};
   int64_t size_ = 0;
 };
 
-inline char* thread_scratch(int64_t bytes) {  // that a thread keeps between calls
+inline Memory thread_scratch(int64_t bytes) {  // that a thread keeps between calls
   thread_local GrowingMemory memory;
-  return memory.at_least(bytes);
+  return memory.of(bytes);
 }
 
 // Calls work(i, scratch) for i in [0, count), each on whichever thread is free next.
@@ -62,7 +56,7 @@ void run_dynamically(int64_t threads, int64_t count, int64_t scratch_bytes, cons
   if (count == 0) return;
   std::atomic<int64_t> next{0};
   const auto loop = [&](int64_t, int64_t) {
-    char* scratch = thread_scratch(scratch_bytes);
+    const Memory scratch = thread_scratch(scratch_bytes);
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) work(i, scratch);
   };
   threads = std::min(threads, count);

@@ -5,6 +5,8 @@
 
 #include <array>
 
+#include "check.h"
+
 namespace fa3npu {
 
 const float* float8_table() {
@@ -18,5 +20,10 @@ const float* float8_table() {
 }
 
 uint16_t float_to_half(float x) { return c10::Half(x).x; }
+
+void beyond_plan(int64_t wanted, int64_t planned) {
+  STD_TORCH_CHECK(false, "fa3npu: a kernel wants ", wanted, " bytes of memory, more than the ",
+                  planned, " planned");
+}
 
 }  // namespace fa3npu

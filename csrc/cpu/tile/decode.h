@@ -4,9 +4,10 @@
 #pragma once
 
 #include <cstdint>
-#include <new>
 
 #include "cpu/attention.h"
+#include "cpu/tile/arena.h"
+#include "cpu/tile/baseline.h"
 #include "cpu/tile/kernels.h"
 #include "cpu/tile/operands.h"
 #include "cpu/tile/softmax.h"
@@ -28,6 +29,38 @@ struct Ahead {
   }
 };
 
+#if FA3NPU_AMX
+// A step of keys as the left side of scores, [key][ld]: no transpose of K for so little use.
+template <class U>
+struct StepOfKeys {
+  int64_t width, ld;
+  U* copy;
+
+  StepOfKeys(const Attention& a, Arena& arena)
+      : width(a.headdim), ld(padded<U>(width) / kDepth<U>), copy(arena.take<U>(kStep * ld)) {}
+
+  // Where they lie, or in a copy that is zero past the last.
+  TilesOfRows load(const KeyRows& keys, const Rows& cache, int64_t head) const {
+    const bool in_place = keys.even && width == ld * kDepth<U> && keys.count == kStep;
+    if (!in_place) {
+      fill<U>(copy, kStep * ld, U{});
+      for (int64_t j = 0; j < keys.count; ++j)
+        load_row(keys.at[j] + head * cache.head, cache.dtype, width, copy + j * ld);
+    }
+    TilesOfRows rows{{}, in_place ? cache.row : ld * int64_t(sizeof(U))};
+    for (int64_t i = 0; i < kStep / 16; ++i)
+      rows.at[i] = in_place ? keys.at[16 * i] + head * cache.head
+                            : reinterpret_cast<const char*>(copy + 16 * i * ld);
+    return rows;
+  }
+};
+#else
+template <class U>
+struct StepOfKeys : KeyTile<U> {
+  StepOfKeys(const Attention& a, Arena& arena) : KeyTile<U>(a.headdim, false, true, arena) {}
+};
+#endif
+
 // A tile of few rows, and its part of scratch memory.
 template <class U>
 struct FewRows {
@@ -39,13 +72,17 @@ struct FewRows {
   U* p;        // [kFewRows][p_ld]
   U* columns;  // of AMX: q as [ld][kFewRows], the right side of the scores
 
-  FewRows(const Attention& a, const RowTile& tile, char* state, Arena& arena)
-      : q(a, tile, arena), state(a, state) {
-    empty_state<T>(a, state);
+  FewRows(const Attention& a, Arena& arena) : q(a, arena) {
     scores = arena.take<T>(kFewRows * kKeyBlock);
     p = kDepth<U> == 1 ? reinterpret_cast<U*>(scores) : arena.take<U>(kFewRows * p_ld);
+    columns = FA3NPU_AMX ? arena.take<U>(q.ld * kFewRows) : nullptr;
+  }
+
+  void load(const RowTile& tile, Memory state_memory) {
+    q.load(tile);
+    empty_state<T>(q.a, state_memory);
+    state = State<T>(q.a, state_memory);
 #if FA3NPU_AMX
-    columns = arena.take<U>(q.ld * kFewRows);
     fill<U>(q.q + q.rows * q.ld, (kFewRows - q.rows) * q.ld, U{});
     for (int64_t c = 0; c < q.ld; c += kFewRows)
       transpose<U>([&](int64_t r) { return vec(q.q + r * q.ld + c); }, columns + c * kFewRows,
@@ -54,28 +91,21 @@ struct FewRows {
   }
 
   // The scores of a step of keys, the block's from column j on.
-  void take_scores(const KeyRows& keys, int64_t j, KeyTile<U>& k, Ahead ahead) const {
-    const Rows& cache = q.a.k;
+  void take_scores(const KeyRows& keys, int64_t j, StepOfKeys<U>& k, Ahead ahead) const {
 #if FA3NPU_AMX
-    // Keys are the left side: no transpose of K for so little use. The sums are the same.
-    const bool in_place = keys.even && k.width == k.ld && keys.count == kStep;
-    if (!in_place) k.copy(keys, cache, q.head_k);
-    TilesOfRows left{{}, in_place ? cache.row : q.ld * int64_t(sizeof(U))};
-    for (int64_t i = 0; i < kStep / 16; ++i)
-      left.at[i] = in_place ? keys.at[16 * i] + q.head_k * cache.head
-                            : reinterpret_cast<const char*>(k.transposed + 16 * i * q.ld);
     alignas(64) T by_key[kStep * kFewRows];
-    product_tiles<kStep / 16, 1>(q.ld, left, columns, kFewRows, by_key, kFewRows, false);
+    product_tiles<kStep / 16, 1>(q.ld, k.load(keys, q.a.k, q.head_k), columns, kFewRows, by_key,
+                                 kFewRows, false);
     for (int64_t i = 0; i < kStep; i += kFewRows) {
       ahead();
       transpose<T>([&](int64_t key) { return vec(by_key + (i + key) * kFewRows); }, scores + j + i,
                    kKeyBlock);
     }
 #else
-    k.load(keys, cache, q.head_k);
+    k.load(keys, q.a.k, q.head_k);
     ahead();
     ahead();
-    q.scores(0, q.rows, kStep, k, k, scores + j);
+    q.scores(0, q.rows, kStep, k, k, scores + j);  // there is no qv
 #endif
   }
 
@@ -112,24 +142,34 @@ struct FewRows {
   }
 };
 
+template <class U>
+struct FewScratch {
+  FewRows<U>* heads;
+  StepOfKeys<U> k;
+  KeyTile<U> v;
+
+  FewScratch(const Attention& a, int64_t count, Arena& arena)
+      : heads(arena.make<FewRows<U>>(count, a)), k(a, arena), v(a.headdim_v, true, false, arena) {}
+};
+
 // `count` tiles of one sequence and the same few rows, of neighbouring KV heads.
 template <class U>
 void forward_few(const Attention& a, const RowTile* tiles, int64_t count, int64_t chunk,
-                 char* states, char* scratch) {
-  Arena arena{scratch};
-  auto* heads = reinterpret_cast<FewRows<U>*>(arena.take<char>(count * sizeof(FewRows<U>)));
+                 Memory states, Memory scratch) {
+  Arena arena(scratch);
+  FewScratch<U> own(a, count, arena);
+  const FewRows<U>* const heads = own.heads;
   for (int64_t i = 0; i < count; ++i)
-    new (heads + i) FewRows<U>(a, tiles[i], states + i * state_bytes(a), arena);
-  KeyTile<U> k(arena, a.headdim, false, true), v(arena, a.headdim_v, true, false);
+    own.heads[i].load(tiles[i], states.part(i, state_bytes<Sum<U>>(a)));
 
   const QueryTile<U>& q = heads->q;  // who sees what is the same for all
-  const int64_t last = least(q.s.k_len, visible(a, tiles[0]).end);
+  const int64_t last = least(q.s->k_len, visible(a, tiles[0]).end);
   const int64_t end = least((chunk + 1) * kChunk, last);
   // work(head, its keys, j, what comes next) for the steps of a block
   const auto steps = [&](const Rows& cache, int64_t block, int64_t columns, int64_t width,
                          int64_t calls, const auto& work) INLINE_LAMBDA {
     const auto rows_of = [&](int64_t j) {
-      return KeyRows(a, cache, q.s, block + j, clamp(last - block - j, 0, kStep));
+      return KeyRows(a, cache, *q.s, block + j, clamp(last - block - j, 0, kStep));
     };
     KeyRows next = rows_of(0);
     for (int64_t j = 0; j < columns; j += kStep) {
@@ -151,13 +191,13 @@ void forward_few(const Attention& a, const RowTile* tiles, int64_t count, int64_
       const ProductState product_state;
       steps(a.k, block, columns, a.headdim, kStep / 16,
             [&](const FewRows<U>& head, const KeyRows& keys, int64_t j, Ahead ahead)
-                INLINE_LAMBDA { head.take_scores(keys, j, k, ahead); });
+                INLINE_LAMBDA { head.take_scores(keys, j, own.k, ahead); });
     }
     for (int64_t i = 0; i < count; ++i) heads[i].take_softmax(block, columns);
     const ProductState product_state(q.rows);
     steps(a.v, block, columns, a.headdim_v, FA3NPU_AMX ? (a.headdim_v + 15) / 16 : kStep / 16,
           [&](const FewRows<U>& head, const KeyRows& keys, int64_t j, Ahead ahead)
-              INLINE_LAMBDA { head.add_values(keys, block, j, v, ahead); });
+              INLINE_LAMBDA { head.add_values(keys, block, j, own.v, ahead); });
   }
 }
 

@@ -5,9 +5,10 @@
 
 #include <cmath>
 #include <cstdint>
-#include <new>
 
 #include "cpu/attention.h"
+#include "cpu/tile/arena.h"
+#include "cpu/tile/baseline.h"
 #include "cpu/tile/decode.h"
 #include "cpu/tile/kernels.h"
 
@@ -15,37 +16,59 @@ FA3NPU_TARGET_BEGIN
 namespace fa3npu::FA3NPU_ISA {
 
 template <class U>
-void forward_chunk(const Attention& a, const RowTile* tiles, int64_t count, int64_t chunk,
-                   char* states, char* scratch) {
-  if (few_rows(a, tiles[0].rows)) return forward_few<U>(a, tiles, count, chunk, states, scratch);
-
+struct ForwardScratch {
   typedef Sum<U> T;
-  const ProductState product_state;
-  Arena arena{scratch};
-  const RowTile& tile = tiles[0];
-  const QueryTile<U> q(a, tile, arena);
-  empty_state<T>(a, states);
-  const State<T> state(a, states);
+  static constexpr int64_t p_ld = kKeyBlock / kDepth<U>;
+
   struct Block {
     KeyTile<U> k, v;
     bool finite;
     Block(const Attention& a, Arena& arena)
-        : k(arena, a.headdim, false, true), v(arena, a.headdim_v, true, a.qv.data != nullptr) {}
+        : k(a.headdim, false, true, arena), v(a.headdim_v, true, a.qv.data != nullptr, arena) {}
   };
+
+  QueryTile<U> q;
+  Block* blocks;  // of a panel
+  T* scores;      // [kRowGroup][kKeyBlock]
+  U* p;           // [kRowGroup][p_ld]
+
+  ForwardScratch(const Attention& a, Arena& arena) : q(a, arena) {
+    blocks = arena.make<Block>(kPanelBlocks, a);
+    scores = arena.take<T>(kRowGroup<U> * kKeyBlock);
+    p = kDepth<U> == 1 ? reinterpret_cast<U*>(scores) : arena.take<U>(kRowGroup<U> * p_ld);
+  }
+};
+
+template <class U>
+int64_t forward_bytes(const Attention& a) {
+  return greater(bytes_of<FewScratch<U>>(a, a.together), bytes_of<ForwardScratch<U>>(a));
+}
+
+template <class U>
+void forward_chunk(const Attention& a, const RowTile* tiles, int64_t count, int64_t chunk,
+                   Memory states, Memory scratch) {
+  if (few_rows(a, tiles[0].rows)) return forward_few<U>(a, tiles, count, chunk, states, scratch);
+
+  typedef Sum<U> T;
+  const ProductState product_state;
+  typedef typename ForwardScratch<U>::Block Block;
+  constexpr int64_t p_ld = ForwardScratch<U>::p_ld;
+  Arena arena(scratch);
+  ForwardScratch<U> own(a, arena);
+  const RowTile& tile = tiles[0];
+  own.q.load(tile);
+  const QueryTile<U>& q = own.q;
+  T* const scores = own.scores;
+  U* const p = own.p;
+  empty_state<T>(a, states);
+  const State<T> state(a, states);
   // Many rows load their state once for all blocks of a panel; few leave a block in cache.
   const int64_t panel_blocks = q.rows > kRowGroup<U> ? kPanelBlocks : 1;
-  auto* blocks = reinterpret_cast<Block*>(arena.take<char>(kPanelBlocks * sizeof(Block)));
-  for (int64_t n = 0; n < panel_blocks; ++n) new (blocks + n) Block(a, arena);
-  T* scores = arena.take<T>(kRowGroup<U> * kKeyBlock);
-  constexpr int64_t p_ld = kKeyBlock / kDepth<U>;
-  U* p = reinterpret_cast<U*>(scores);
-  if constexpr (kDepth<U> > 1) p = arena.take<U>(kRowGroup<U> * p_ld);
-
-  const Sequence& s = q.s;
+  const Sequence& s = *q.s;
   const int64_t end = least((chunk + 1) * kChunk, s.k_len);
   const auto blocks_from = [&](int64_t panel, const auto& work) {
     for (int64_t n = 0, block = panel; n < panel_blocks && block < end; ++n, block += kKeyBlock)
-      work(blocks[n], block, least(kKeyBlock, end - block));
+      work(own.blocks[n], block, least(kKeyBlock, end - block));
   };
   const int64_t panel_keys = panel_blocks * kKeyBlock;
   for (int64_t panel = chunk * kChunk; panel < end; panel += panel_keys) {
@@ -73,8 +96,8 @@ void forward_chunk(const Attention& a, const RowTile* tiles, int64_t count, int6
 }
 
 template <class T>
-void merge_state(const Attention& a, const RowTile& t, char* into_, const char* from_) {
-  const State<T> into(a, into_), from(a, const_cast<char*>(from_));
+void merge_state(const Attention& a, const RowTile& t, Memory into_, Memory from_) {
+  const State<T> into(a, into_), from(a, from_);
   for (int64_t r = 0; r < t.rows; ++r) {
     const T maximum = greater(into.maximum[r], from.maximum[r]);
     const T base = maximum == -T(kInf) ? T(0) : maximum;
@@ -87,8 +110,8 @@ void merge_state(const Attention& a, const RowTile& t, char* into_, const char* 
 }
 
 template <class T>
-void finish(const Attention& a, const RowTile& t, const char* at) {
-  const State<T> state(a, const_cast<char*>(at));
+void finish(const Attention& a, const RowTile& t, Memory memory) {
+  const State<T> state(a, memory);
   const Sequence& s = a.sequences[t.sequence];
   const bool fp8 = a.v.dtype == ScalarType::Float8_e4m3fn;
   const T v_scale = fp8 ? a.v_descale.get(t.sequence, t.head_k, 1) : 1;

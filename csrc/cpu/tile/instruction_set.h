@@ -15,8 +15,10 @@
 namespace fa3npu::FA3NPU_ISA {
 
 template <class U>
-constexpr Kernels kKernels = {forward_chunk<U>, empty_state<Sum<U>>, merge_state<Sum<U>>,
-                              finish<Sum<U>>,   backward_delta<U>,   backward_keys<U>};
+constexpr Kernels kKernels = {state_bytes<Sum<U>>, forward_bytes<U>, backward_bytes<U>,
+                              dq_bytes<U>,         forward_chunk<U>, empty_state<Sum<U>>,
+                              merge_state<Sum<U>>, finish<Sum<U>>,   backward_delta<U>,
+                              backward_keys<U>};
 
 }  // namespace fa3npu::FA3NPU_ISA
 

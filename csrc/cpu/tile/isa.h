@@ -5,6 +5,9 @@
 
 #pragma once
 
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
 // FA3NPU_ISA      its namespace
 // FA3NPU_SET      the table of its kernels, see kernels.h
 // FA3NPU_BYTES    of a register
@@ -90,5 +93,8 @@
 #define FA3NPU_TARGET_END FA3NPU_PRAGMA(GCC pop_options)
 // The last line of a translation unit: g++ compiles the lambdas of templates for what holds there.
 #define FA3NPU_TARGET_TEMPLATES FA3NPU_TARGET(FA3NPU_FEATURES)
+#endif
+
+#if !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12's intrinsics use them so
 #endif

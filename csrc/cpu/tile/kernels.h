@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/attention.h"
+#include "cpu/tile/baseline.h"
 
 namespace fa3npu {
 
@@ -30,24 +31,29 @@ inline KeyRange visible(const Attention& a, const RowTile& t) {
 // The backward's tile of keys, [first, end) of one sequence and KV head.
 struct KeyTask {
   int64_t sequence, head_k, first, end;
-  char* dq;                     // the sums of all rows of the sequence and KV head
+  Memory dq;                    // the sums of all rows of the sequence and KV head, by row tile
   std::atomic<int64_t>* turns;  // by row tile: the first key that its dq has not yet
 
   void wait(int64_t row_tile) const;
   void done(int64_t row_tile) const;
 };
 
-// `scratch` is scratch_bytes(a) of uninitialised memory; a state is state_bytes(a) and holds a
-// partial result: for each row its maximum, sum and unscaled output.
+// One list for all instruction sets. A state is a partial result: for each row its maximum, sum and
+// unscaled output. All memory is uninitialised, and as large as the call's tiles want it:
 struct Kernels {
+  int64_t (*state_bytes)(const Attention& a);     // of each state; a multiple of 64, as the others
+  int64_t (*forward_bytes)(const Attention& a);   // of forward_chunk's scratch
+  int64_t (*backward_bytes)(const Attention& a);  // of backward_delta's and backward_keys'
+  int64_t (*dq_bytes)(const Attention& a);        // of the sums of a row tile
+
   void (*forward_chunk)(const Attention& a, const RowTile* tiles, int64_t count, int64_t chunk,
-                        char* states, char* scratch);
-  void (*empty_state)(const Attention& a, char* state);
-  void (*merge_state)(const Attention& a, const RowTile& t, char* into, const char* from);
-  void (*finish)(const Attention& a, const RowTile& t, const char* state);
+                        Memory states, Memory scratch);
+  void (*empty_state)(const Attention& a, Memory state);
+  void (*merge_state)(const Attention& a, const RowTile& t, Memory into, Memory from);
+  void (*finish)(const Attention& a, const RowTile& t, Memory state);
   void (*backward_delta)(const Attention& a, int64_t sequence, int64_t begin, int64_t end,
-                         char* scratch);
-  void (*backward_keys)(const Attention& a, const KeyTask& task, char* scratch);
+                         Memory scratch);
+  void (*backward_keys)(const Attention& a, const KeyTask& task, Memory scratch);
 };
 
 // By what is multiplied. All but float64 and, in some sets, bfloat16 is float32. A set without
@@ -61,8 +67,6 @@ struct InstructionSet {
 extern const InstructionSet kAmx, kAvx512Bf16, kAvx512, kAvx2;
 #endif
 extern const InstructionSet kPortable;
-
-int64_t state_bytes(const Attention& a);  // a multiple of 64
 
 // Those of the best set that this machine runs, or of the one FA3NPU_CPU_CAPABILITY names.
 const Kernels& kernels(ScalarType dtype);

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "cpu/attention.h"
+#include "cpu/tile/arena.h"
 #include "cpu/tile/kernels.h"
 #include "cpu/tile/product.h"
 
@@ -19,17 +20,6 @@ constexpr int64_t kPanelBlocks = 256 / kKeyBlock;  // that many rows take one af
 // Query rows whose scores are computed, turned into P and multiplied by V while they are in cache.
 template <class U>
 constexpr int64_t kRowGroup = FA3NPU_AMX ? 32 : 48 * kDepth<U>;
-
-// Cuts scratch memory into arrays, each on its own cache lines.
-struct Arena {
-  char* next;
-  template <class T>
-  T* take(int64_t n) {
-    T* p = reinterpret_cast<T*>(next);
-    next += round_up(n * int64_t(sizeof(T)), 64);
-    return p;
-  }
-};
 
 template <class U>
 constexpr int64_t padded(int64_t width) {  // to whole vectors
@@ -72,7 +62,7 @@ struct KeyTile {
   U* spare;  // as large as rows, for add_product
   int64_t width, ld;
 
-  KeyTile(Arena& arena, int64_t width, bool with_rows, bool with_transposed)
+  KeyTile(int64_t width, bool with_rows, bool with_transposed, Arena& arena)
       : width(width), ld(padded<U>(width)) {
     const int64_t size = kKeyBlock / kDepth<U> * ld;
     rows = with_rows ? arena.take<U>(size) : nullptr;
@@ -86,14 +76,6 @@ struct KeyTile {
                           load_as<decltype(reader)>(keys, cache, head);
                         });
     if (!direct) load_as<void>(keys, cache, head);
-  }
-
-  // The keys as they are, [key][ld], in `transposed`.
-  void copy(const KeyRows& keys, const Rows& cache, int64_t head) {
-    const int64_t row = ld / kDepth<U>;
-    fill<U>(transposed, round_up(keys.count, 32) * row, U{});
-    for (int64_t j = 0; j < keys.count; ++j)
-      load_row(keys.at[j] + head * cache.head, cache.dtype, width, transposed + j * row);
   }
 
   bool finite(int64_t keys) const { return all_finite(rows, round_up(keys, 32) / kDepth<U> * ld); }
@@ -161,34 +143,31 @@ template <class U>
 struct QueryTile {
   typedef Sum<U> T;
   const Attention& a;
-  const Sequence& s;
-  int64_t sequence, head_k, first, rows;
-  U *q, *qv;  // [row][ld], [row][ld_v], zero past headdim and headdim_v
   int64_t ld, ld_v;
+  U *q, *qv;  // [row][ld], [row][ld_v], zero past headdim and headdim_v
   int64_t* position;
   KeyRange* keys;
   T* slope;
+  const Sequence* s = nullptr;
+  int64_t head_k = 0, first = 0, rows = 0;
 
-  QueryTile(const Attention& a, const RowTile& t, Arena& arena)
-      : a(a),
-        s(a.sequences[t.sequence]),
-        sequence(t.sequence),
-        head_k(t.head_k),
-        first(t.first),
-        rows(t.rows),
-        ld(padded<U>(a.headdim) / kDepth<U>),
-        ld_v(padded<U>(a.headdim_v) / kDepth<U>) {
+  QueryTile(const Attention& a, Arena& arena)
+      : a(a), ld(padded<U>(a.headdim) / kDepth<U>), ld_v(padded<U>(a.headdim_v) / kDepth<U>) {
     q = arena.take<U>(a.row_capacity() * ld);
     qv = a.qv.data ? arena.take<U>(a.row_capacity() * ld_v) : nullptr;
     position = arena.take<int64_t>(a.row_tile);
     keys = arena.take<KeyRange>(a.row_tile);
     slope = arena.take<T>(a.row_tile);
-    load();
   }
 
   int64_t head(int64_t r) const { return head_k * a.group() + (first + r) % a.group(); }
 
-  void load() {
+  void load(const RowTile& tile) {
+    const int64_t sequence = tile.sequence;
+    s = a.sequences + sequence;
+    head_k = tile.head_k;
+    first = tile.first;
+    rows = tile.rows;
     const bool fp8 = a.q.dtype == ScalarType::Float8_e4m3fn;
     const float q_scale = fp8 ? a.q_descale.get(sequence, head_k, 1) : 1;
     const float k_scale = fp8 ? a.k_descale.get(sequence, head_k, 1) : 1;
@@ -197,7 +176,7 @@ struct QueryTile {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t h = head_k * a.group() + in_group;
       position[r] = i;
-      keys[r] = a.visible(s, i);
+      keys[r] = a.visible(*s, i);
       slope[r] = quiet(a.alibi_slopes.get(sequence, h, 0));
       load_q(a.q, i, h, a.headdim, ld, q_scale * k_scale, q + r * ld);
       if (qv) load_q(a.qv, i, h, a.headdim_v, ld_v, q_scale * v_scale, qv + r * ld_v);
@@ -208,7 +187,7 @@ struct QueryTile {
   void load_q(const Rows& from, int64_t i, int64_t h, int64_t width, int64_t row_ld, T scale,
               U* row) const {
     fill<U>(row + width / kDepth<U>, row_ld - width / kDepth<U>, U{});
-    load_row(from.at(s.q_batch, s.q_begin + i, h), from.dtype, width, row);
+    load_row(from.at(s->q_batch, s->q_begin + i, h), from.dtype, width, row);
     if constexpr (kDepth<U> == 1)
       for (int64_t c = 0; scale != 1 && c < width; ++c) row[c] *= scale;
   }
@@ -233,7 +212,7 @@ struct QueryTile {
     if (a.softcap > 0) x = softcapped(x, T(a.softcap));
     if (capped) *capped = x;
     if (slope[r] != 0) {
-      const Vec<T> distance = T(position[r] + s.k_len - s.q_len - block) - index;
+      const Vec<T> distance = T(position[r] + s->k_len - s->q_len - block) - index;
       x = multiply_add(distance < T(0) ? distance : -distance, splat(slope[r]), x);
     }
     const T begin = T(clamp(keys[r].begin - block, 0, kKeyBlock));
@@ -242,7 +221,7 @@ struct QueryTile {
   }
 
   // Whether row r's logits at the keys of the block are its scores times softmax_scale.
-  bool plain(int64_t r, int64_t block) const {
+  bool only_scaled(int64_t r, int64_t block) const {
     return keys[r].begin <= block && keys[r].end >= block + kKeyBlock && a.softcap <= 0 &&
            slope[r] == 0;
   }
@@ -257,7 +236,7 @@ struct QueryTile {
     return keys[begin].begin < block + kKeyBlock && keys[begin + count - 1].end > block;
   }
   bool all_see(int64_t block, int64_t begin, int64_t count) const {
-    const int64_t end = least(block + kKeyBlock, s.k_len);
+    const int64_t end = least(block + kKeyBlock, s->k_len);
     return keys[begin + count - 1].begin <= block && keys[begin].end >= end;
   }
   bool sees(int64_t r, int64_t key) const { return keys[r].begin <= key && key < keys[r].end; }

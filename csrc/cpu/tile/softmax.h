@@ -5,6 +5,8 @@
 #include <cstdint>
 
 #include "cpu/attention.h"
+#include "cpu/tile/arena.h"
+#include "cpu/tile/baseline.h"
 #include "cpu/tile/operands.h"
 
 FA3NPU_TARGET_BEGIN
@@ -15,17 +17,27 @@ template <class T>
 struct State {
   T *maximum, *sum, *out;
   int64_t ld;
-  State(const Attention& a, char* at) : ld(a.state_ld()) {
-    Arena arena{at};
+
+  State() = default;
+  State(const Attention& a, Arena& arena) : ld(round_up(a.headdim_v, 32)) {
     maximum = arena.take<T>(a.row_capacity());
     sum = arena.take<T>(a.row_capacity());
     out = arena.take<T>(a.row_capacity() * ld);
   }
+  State(const Attention& a, Memory memory) {
+    Arena arena(memory);
+    *this = State(a, arena);
+  }
 };
 
 template <class T>
-void empty_state(const Attention& a, char* at) {
-  const State<T> state(a, at);
+int64_t state_bytes(const Attention& a) {
+  return bytes_of<State<T>>(a);
+}
+
+template <class T>
+void empty_state(const Attention& a, Memory memory) {
+  const State<T> state(a, memory);
   fill<T>(state.maximum, a.row_capacity(), -T(kInf));
   fill<T>(state.sum, a.row_capacity(), T(0));
   fill<T>(state.out, a.row_tile * state.ld, T(0));
@@ -59,7 +71,7 @@ INLINE void softmax_step(const QueryTile<U>& q, int64_t first, int64_t count, in
         greatest = y > greatest ? y : greatest;
       }
     };
-    if (q.plain(first + i, block))
+    if (q.only_scaled(first + i, block))
       take([&](int64_t, const Vec<T>& score) INLINE_LAMBDA { return score * scale; });
     else
       take([&](int64_t lane, const Vec<T>& score) {

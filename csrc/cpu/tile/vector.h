@@ -13,9 +13,6 @@
 FA3NPU_TARGET_BEGIN
 namespace fa3npu::FA3NPU_ISA {
 
-#define INLINE inline __attribute__((always_inline))
-#define INLINE_LAMBDA __attribute__((always_inline))
-
 // What a product multiplies: a float, a double, or a pair of neighbouring bfloat16 along the summed
 // dimension. Products of U are summed as Sum<U>.
 struct Pair {

@@ -15,13 +15,14 @@ own = $(if $(filter-out $(TESTED),$(1)),-$(1))
 VENV := .venv$(call own,$(TORCH))
 BIN := $(VENV)/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h) setup.py pyproject.toml
+CSRC := $(shell find csrc -type f)
+SOURCES := $(CSRC) setup.py pyproject.toml
 PACKAGE := $(shell find fa3_ops meta_kernels -name '*.py')
 
 NPU_VENV := .venv-npu$(call own,$(TORCH_NPU))
 NPU := $(NPU_VENV)/bin
 EMULATED := $(shell find emulator/cann_emulator/csrc -type f)
-CPP := csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h tests/cpp/*.cpp $(EMULATED)
+CPP := $(CSRC) tests/cpp/*.cpp $(EMULATED)
 
 BENCH_VENV := .venv-bench
 BENCH := $(BENCH_VENV)/bin

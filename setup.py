@@ -12,7 +12,7 @@ FLAGS = [  # tests/test_primitives.py compiles with them too
     "-O3",
     "-g0",
     "-std=c++20",
-    "-ffp-contract=off",  # what is fused, csrc/cpu/vector.h says
+    "-ffp-contract=off",  # what is fused, csrc/cpu/tile/vector.h says
     "-fno-math-errno",
     "-Wall",
     "-Wno-psabi",

@@ -18,8 +18,6 @@ import fa3_ops  # noqa: F401
 
 ROOT = Path(__file__).parent.parent
 CAPABILITIES = torch.ops.fa3npu.cpu_capabilities().split(", ")
-HEADERS = {"NEON": "portable"}  # the others are named as they are
-
 CXX = shlex.split(os.environ.get("CXX", "g++"))
 ARM_CXX, ARM = "aarch64-linux-gnu-g++", "qemu-aarch64"
 FLAGS = [
@@ -34,18 +32,38 @@ def run(*command: str) -> str:
     return result.stdout
 
 
-def primitives(program: Path, header: str, *compiler: str) -> str:
-    """Compiles the test of an instruction set as the kernels are compiled."""
-    isa = f'-DFA3NPU_ISA="cpu/isa_{header}.h"'
-    run(*compiler, *FLAGS, isa, str(ROOT / "tests/cpp/primitives.cpp"), "-o", str(program))
-    return str(program)
+def program(name: str, folder: Path, capability: str, *compiler: str) -> str:
+    """Compiles a test of an instruction set as the kernels are compiled."""
+    sources = (ROOT / f"tests/cpp/{name}.cpp", ROOT / "csrc/cpu/tile/baseline.cpp")
+    made = str(folder / name)
+    run(*compiler, *FLAGS, f"-DFA3NPU_FOR_{capability}", *map(str, sources), "-o", made)
+    return made
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_primitives(capability: str, tmp_path: Path) -> None:
-    header = HEADERS.get(capability, capability.lower())
-    printed = run(primitives(tmp_path / "primitives", header, *CXX)).splitlines()
+    printed = run(program("primitives", tmp_path, capability, *CXX)).splitlines()
     assert (printed[0], printed[-1]) == (capability, "0 failures")
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_scratch_has_an_end(capability: str, tmp_path: Path) -> None:
+    printed = run(program("scratch", tmp_path, capability, *CXX, "-O1")).splitlines()
+    assert printed == [capability, "0 failures"]
+
+
+def test_every_header_stands_alone(tmp_path: Path) -> None:
+    """Each header includes what it uses, and itself once."""
+    headers = [*(ROOT / "csrc").glob("**/*.h")]
+    assert len(headers) > 10
+
+    def compile_one(header: Path) -> None:
+        source = tmp_path / f"{header.stem}.cpp"
+        source.write_text(f'#include "{header}"\n' * 2)
+        run(*CXX, *FLAGS, "-Werror", "-fsyntax-only", str(source))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        assert len([*pool.map(compile_one, headers)]) == len(headers)
 
 
 @pytest.mark.skipif(
@@ -54,8 +72,8 @@ def test_primitives(capability: str, tmp_path: Path) -> None:
 )
 class TestArm:
     def test_primitives(self, tmp_path: Path) -> None:
-        program = primitives(tmp_path / "primitives", "portable", ARM_CXX, "-static")
-        printed = run(ARM, program).splitlines()
+        made = program("primitives", tmp_path, "NEON", ARM_CXX, "-static")
+        printed = run(ARM, made).splitlines()
         assert (printed[0], printed[-1]) == ("NEON", "0 failures")
 
     def test_everything_compiles(self, tmp_path: Path) -> None:
@@ -67,7 +85,7 @@ class TestArm:
         run(ARM_CXX, *FLAGS, "-x", "c++-header", str(library), "-o", f"{library}.gch")
 
         def compile_one(source: Path) -> str:
-            vectors = source.stem == "tile_portable"  # what must be inlined, only code tells
+            vectors = source.stem == "portable"  # what must be inlined, only code tells
             code = ("-c", "-o", str(tmp_path / "code.o")) if vectors else ("-fsyntax-only",)
             return run(ARM_CXX, *FLAGS, "-include", str(library), *code, str(source))
 

@@ -6,19 +6,13 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <limits>
 
 namespace fa3npu {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kRowTile = 960;      // most query rows (position x head of a group) of a tile
-constexpr int64_t kChunk = 1024;       // keys per partial result; partial results merge in order
-constexpr int64_t kKeyTile = 512;      // most keys whose dk and dv are computed together,
-constexpr int64_t kKeyTileUnit = 128;  // which are a multiple of this many
-constexpr int64_t kFewRows = 16;       // a tile of at most so many is computed as in a decode
+constexpr int64_t kChunk = 1024;  // keys per partial result; partial results merge in order
 constexpr int64_t kMaxHeadDim = 512;
 
 inline int64_t round_up(int64_t x, int64_t multiple) {
@@ -74,10 +68,7 @@ struct Attention {
   int64_t group() const { return nheads / nheads_k; }
   int64_t rows(int64_t sequence) const { return sequences[sequence].q_len * group(); }
   bool is_double() const { return q.dtype == ScalarType::Double; }
-  int64_t sum_size() const { return is_double() ? 8 : 4; }
   int64_t row_capacity() const { return round_up(row_tile, 32); }  // of a tile's buffers
-  int64_t state_ld() const { return round_up(headdim_v, 32); }
-  int64_t widths() const { return round_up(headdim, 32) + round_up(headdim_v, 32); }
 
   // The keys that query row i sees: every mask of FlashAttention is one interval per row, aligned
   // bottom-right, and both ends grow with i.
@@ -94,50 +85,5 @@ struct Attention {
     return {begin, std::max(begin, end)};
   }
 };
-
-// Up to row_tile query rows of one sequence and one KV head. Row r is position r / group of head
-// head_k * group + r % group, so that all heads of a group share what is loaded of K and V.
-struct RowTile {
-  int64_t sequence, head_k, first, rows;
-};
-
-inline KeyRange visible(const Attention& a, const RowTile& t) {
-  const Sequence& s = a.sequences[t.sequence];
-  const KeyRange first = a.visible(s, t.first / a.group());
-  const KeyRange last = a.visible(s, (t.first + t.rows - 1) / a.group());
-  return {first.begin, last.end};
-}
-
-// The backward's tile of keys, [first, end) of one sequence and KV head.
-struct KeyTask {
-  int64_t sequence, head_k, first, end;
-  char* dq;                     // the sums of all rows of the sequence and KV head
-  std::atomic<int64_t>* turns;  // by row tile: the first key that its dq has not yet
-
-  void wait(int64_t row_tile) const;
-  void done(int64_t row_tile) const;
-};
-
-// The kernels of one instruction set. `scratch` is scratch_bytes(a) of uninitialised memory; a
-// state is state_bytes(a) and holds a partial result: for each row its maximum, sum and unscaled
-// output.
-struct Kernels {
-  const char* name;
-  void (*forward_chunk)(const Attention& a, const RowTile* tiles, int64_t count, int64_t chunk,
-                        char* states, char* scratch);
-  void (*empty_state)(const Attention& a, char* state);
-  void (*merge_state)(const Attention& a, const RowTile& t, char* into, const char* from);
-  void (*finish)(const Attention& a, const RowTile& t, const char* state);
-  void (*backward_delta)(const Attention& a, int64_t sequence, int64_t begin, int64_t end,
-                         char* scratch);
-  void (*backward_keys)(const Attention& a, const KeyTask& task, char* scratch);
-};
-
-int64_t state_bytes(const Attention& a);  // a multiple of 64
-
-const Kernels& kernels();  // the best this machine runs, or the one FA3NPU_CPU_CAPABILITY names
-
-void attention_forward(const Attention& a);
-void attention_backward(const Attention& a);
 
 }  // namespace fa3npu

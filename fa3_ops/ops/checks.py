@@ -470,9 +470,9 @@ def read_after_append(
             if not 0 <= pad <= seqlen:
                 raise ValueError(f"cache_leftpad[{b}] must be in [0, {seqlen}], got {pad}")
     if used is not None:
-        for b, (count, rows) in enumerate(zip(used, _counts(q, cu_seqlens_q), strict=True)):
-            if not 0 <= count <= rows:
-                raise ValueError(f"seqused_q[{b}] must be in [0, {rows}], got {count}")
+        for b, (count, most) in enumerate(zip(used, _counts(q, cu_seqlens_q), strict=True)):
+            if not 0 <= count <= most:
+                raise ValueError(f"seqused_q[{b}] must be in [0, {most}], got {count}")
     num_pages, page_size = k_cache.shape[:2]
     if page_table is None or page_size == 0 or _all_pages(page_table, num_pages):
         return  # the append refuses pages of no row

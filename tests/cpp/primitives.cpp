@@ -1,9 +1,6 @@
 // The primitives of one instruction set, against double and against what they promise bit for bit.
-// Compiled once for each, as the kernels are: -DFA3NPU_ISA='"cpu/isa_avx2.h"'. Prints the greatest
-// errors of the exponential; returns 1 if anything is wrong.
-
-#include <torch/headeronly/util/Float8_e4m3fn.h>
-#include <torch/headeronly/util/Half.h>
+// Compiled once for each, as the kernels are: -DFA3NPU_FOR_AVX2. Prints the greatest errors of the
+// exponential; returns 1 if anything is wrong.
 
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -18,27 +15,15 @@
 #include <random>
 #include <vector>
 
-#include "cpu/tile_headers.h"
+#include "cpu/tile/baseline.h"
+#include "cpu/tile/convert.h"
+#include "cpu/tile/isa.h"
+#include "cpu/tile/product.h"
+#include "cpu/tile/vector.h"
 
-#include FA3NPU_ISA
-
-namespace fa3npu {
-
-const float* float8_table() {  // these two are in kernels.cpp, which needs a whole PyTorch
-  static float table[256];
-  for (int i = 0; i < 256; ++i)
-    table[i] = c10::Float8_e4m3fn(uint8_t(i), c10::Float8_e4m3fn::from_bits());
-  return table;
-}
-uint16_t float_to_half(float x) { return c10::Half(x).x; }
-
+FA3NPU_TARGET_BEGIN
+namespace fa3npu::FA3NPU_ISA {
 namespace {
-
-// clang-format off: each needs those before it
-#include "cpu/vector.h"
-#include "cpu/convert.h"
-#include "cpu/product.h"
-// clang-format on
 
 // Not __FMA__: no compiler defines it after a pragma.
 #if defined(__aarch64__)
@@ -664,10 +649,9 @@ int run() {
 }
 
 }  // namespace
-}  // namespace fa3npu
-
-int main() { return fa3npu::run(); }
-
-#if FA3NPU_BYTES > 16  // as the header began it
+}  // namespace fa3npu::FA3NPU_ISA
 FA3NPU_TARGET_END
-#endif
+
+int main() { return fa3npu::FA3NPU_ISA::run(); }
+
+FA3NPU_TARGET_TEMPLATES

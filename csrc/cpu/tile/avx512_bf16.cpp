@@ -1,0 +1,4 @@
+#if defined(__x86_64__)
+#define FA3NPU_FOR_AVX512_BF16
+#include "cpu/tile/instruction_set.h"
+#endif

@@ -1,0 +1,205 @@
+// The forward pass of few query rows, as of a decode, at the pace of memory: a step of keys is read
+// for all KV heads, which lie together, before the next one.
+
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/attention.h"
+#include "cpu/tile/arena.h"
+#include "cpu/tile/baseline.h"
+#include "cpu/tile/kernels.h"
+#include "cpu/tile/operands.h"
+#include "cpu/tile/softmax.h"
+
+FA3NPU_TARGET_BEGIN
+namespace fa3npu::FA3NPU_ISA {
+
+constexpr int64_t kStep = 32;
+
+// Asks for rows of keys ahead of their use, `step` at a time.
+struct Ahead {
+  const char* const* row;
+  const char* const* end;
+  int64_t offset, bytes, step;
+
+  INLINE void operator()() {
+    for (const char* const* to = end - row < step ? end : row + step; row < to; ++row)
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(*row + offset + i, 0, 2);
+  }
+};
+
+#if FA3NPU_AMX
+// A step of keys as the left side of scores, [key][ld]: no transpose of K for so little use.
+template <class U>
+struct StepOfKeys {
+  int64_t width, ld;
+  U* copy;
+
+  StepOfKeys(const Attention& a, Arena& arena)
+      : width(a.headdim), ld(padded<U>(width) / kDepth<U>), copy(arena.take<U>(kStep * ld)) {}
+
+  // Where they lie, or in a copy that is zero past the last.
+  TilesOfRows load(const KeyRows& keys, const Rows& cache, int64_t head) const {
+    const bool in_place = keys.even && width == ld * kDepth<U> && keys.count == kStep;
+    if (!in_place) {
+      fill<U>(copy, kStep * ld, U{});
+      for (int64_t j = 0; j < keys.count; ++j)
+        load_row(keys.at[j] + head * cache.head, cache.dtype, width, copy + j * ld);
+    }
+    TilesOfRows rows{{}, in_place ? cache.row : ld * int64_t(sizeof(U))};
+    for (int64_t i = 0; i < kStep / 16; ++i)
+      rows.at[i] = in_place ? keys.at[16 * i] + head * cache.head
+                            : reinterpret_cast<const char*>(copy + 16 * i * ld);
+    return rows;
+  }
+};
+#else
+template <class U>
+struct StepOfKeys : KeyTile<U> {
+  StepOfKeys(const Attention& a, Arena& arena) : KeyTile<U>(a.headdim, false, true, arena) {}
+};
+#endif
+
+// A tile of few rows, and its part of scratch memory.
+template <class U>
+struct FewRows {
+  typedef Sum<U> T;
+  static constexpr int64_t p_ld = kKeyBlock / kDepth<U>;
+  QueryTile<U> q;
+  State<T> state;
+  T* scores;   // [kFewRows][kKeyBlock]
+  U* p;        // [kFewRows][p_ld]
+  U* columns;  // of AMX: q as [ld][kFewRows], the right side of the scores
+
+  FewRows(const Attention& a, Arena& arena) : q(a, arena) {
+    scores = arena.take<T>(kFewRows * kKeyBlock);
+    p = kDepth<U> == 1 ? reinterpret_cast<U*>(scores) : arena.take<U>(kFewRows * p_ld);
+    columns = FA3NPU_AMX ? arena.take<U>(q.ld * kFewRows) : nullptr;
+  }
+
+  void load(const RowTile& tile, Memory state_memory) {
+    q.load(tile);
+    empty_state<T>(q.a, state_memory);
+    state = State<T>(q.a, state_memory);
+#if FA3NPU_AMX
+    fill<U>(q.q + q.rows * q.ld, (kFewRows - q.rows) * q.ld, U{});
+    for (int64_t c = 0; c < q.ld; c += kFewRows)
+      transpose<U>([&](int64_t r) { return vec(q.q + r * q.ld + c); }, columns + c * kFewRows,
+                   kFewRows);
+#endif
+  }
+
+  // The scores of a step of keys, the block's from column j on.
+  void take_scores(const KeyRows& keys, int64_t j, StepOfKeys<U>& k, Ahead ahead) const {
+#if FA3NPU_AMX
+    alignas(64) T by_key[kStep * kFewRows];
+    product_tiles<kStep / 16, 1>(q.ld, k.load(keys, q.a.k, q.head_k), columns, kFewRows, by_key,
+                                 kFewRows, false);
+    for (int64_t i = 0; i < kStep; i += kFewRows) {
+      ahead();
+      transpose<T>([&](int64_t key) { return vec(by_key + (i + key) * kFewRows); }, scores + j + i,
+                   kKeyBlock);
+    }
+#else
+    k.load(keys, q.a.k, q.head_k);
+    ahead();
+    ahead();
+    q.scores(0, q.rows, kStep, k, k, scores + j);  // there is no qv
+#endif
+  }
+
+  void take_softmax(int64_t block, int64_t columns) const {
+    for (int64_t r = 0; r < q.rows; r += kLanes<T>)
+      softmax_step(q, r, least(kLanes<T>, q.rows - r), block, columns, scores + r * kKeyBlock,
+                   p + r * p_ld, state);
+  }
+
+  // out += P V of a step of keys, the block's from column j on.
+  void add_values(const KeyRows& keys, int64_t block, int64_t j, KeyTile<U>& v, Ahead ahead) const {
+    const Rows& cache = q.a.v;
+    const bool all_see = q.all_see(block, 0, q.rows);
+    const Left<U> left{p + j / kDepth<U>, p_ld, 1};
+#if !FA3NPU_AMX
+    if constexpr (kDepth<U> == 1) {  // Pairs are of two rows
+      const bool in_place = all_see && keys.even && keys.count == kStep && v.width == v.ld;
+      const auto multiply = [&](auto reader) {
+        for (int64_t i = 0; i < kStep; i += 16) {
+          ahead();
+          product_from<decltype(reader), U>(q.rows, v.width, 16, {left.at + i, p_ld, 1},
+                                            keys.at[i] + q.head_k * cache.head, cache.row,
+                                            state.out, state.ld, true);
+        }
+      };
+      if (in_place && with_reader<U>(cache.dtype, multiply)) return;
+    }
+#endif
+    v.load(keys, cache, q.head_k);
+    add_product<U>(
+        q.rows, v.ld, kStep / kDepth<U>, left, v.rows, state.out, state.ld,
+        all_see || v.finite(keys.count), v.spare,
+        [&](int64_t r, int64_t key) { return q.sees(r, block + j + key); }, ahead);
+  }
+};
+
+template <class U>
+struct FewScratch {
+  FewRows<U>* heads;
+  StepOfKeys<U> k;
+  KeyTile<U> v;
+
+  FewScratch(const Attention& a, int64_t count, Arena& arena)
+      : heads(arena.make<FewRows<U>>(count, a)), k(a, arena), v(a.headdim_v, true, false, arena) {}
+};
+
+// `count` tiles of one sequence and the same few rows, of neighbouring KV heads.
+template <class U>
+void forward_few(const Attention& a, const RowTile* tiles, int64_t count, int64_t chunk,
+                 Memory states, Memory scratch) {
+  Arena arena(scratch);
+  FewScratch<U> own(a, count, arena);
+  const FewRows<U>* const heads = own.heads;
+  for (int64_t i = 0; i < count; ++i)
+    own.heads[i].load(tiles[i], states.part(i, state_bytes<Sum<U>>(a)));
+
+  const QueryTile<U>& q = heads->q;  // who sees what is the same for all
+  const int64_t last = least(q.s->k_len, visible(a, tiles[0]).end);
+  const int64_t end = least((chunk + 1) * kChunk, last);
+  // work(head, its keys, j, what comes next) for the steps of a block
+  const auto steps = [&](const Rows& cache, int64_t block, int64_t columns, int64_t width,
+                         int64_t calls, const auto& work) INLINE_LAMBDA {
+    const auto rows_of = [&](int64_t j) {
+      return KeyRows(a, cache, *q.s, block + j, clamp(last - block - j, 0, kStep));
+    };
+    KeyRows next = rows_of(0);
+    for (int64_t j = 0; j < columns; j += kStep) {
+      const KeyRows keys = next;
+      next = rows_of(j + kStep);
+      for (int64_t i = 0; i < count; ++i) {
+        const bool wraps = i + 1 == count;
+        const KeyRows& then = wraps ? next : keys;
+        work(heads[i], keys, j,
+             Ahead{then.at, then.at + then.count, tiles[wraps ? 0 : i + 1].head_k * cache.head,
+                   width * cache.element, (kStep + calls - 1) / calls});
+      }
+    }
+  };
+  for (int64_t block = chunk * kChunk; block < end; block += kKeyBlock) {
+    if (!q.any_sees(block, 0, q.rows)) continue;
+    const int64_t columns = q.columns_of(block, 0, q.rows);
+    {
+      const ProductState product_state;
+      steps(a.k, block, columns, a.headdim, kStep / 16,
+            [&](const FewRows<U>& head, const KeyRows& keys, int64_t j, Ahead ahead)
+                INLINE_LAMBDA { head.take_scores(keys, j, own.k, ahead); });
+    }
+    for (int64_t i = 0; i < count; ++i) heads[i].take_softmax(block, columns);
+    const ProductState product_state(q.rows);
+    steps(a.v, block, columns, a.headdim_v, FA3NPU_AMX ? (a.headdim_v + 15) / 16 : kStep / 16,
+          [&](const FewRows<U>& head, const KeyRows& keys, int64_t j, Ahead ahead)
+              INLINE_LAMBDA { head.add_values(keys, block, j, own.v, ahead); });
+  }
+}
+
+}  // namespace fa3npu::FA3NPU_ISA
+FA3NPU_TARGET_END

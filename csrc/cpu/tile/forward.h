@@ -1,0 +1,139 @@
+// The forward pass: attention of a tile of query rows to one chunk of keys, and what becomes of the
+// partial results.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cpu/attention.h"
+#include "cpu/tile/arena.h"
+#include "cpu/tile/baseline.h"
+#include "cpu/tile/decode.h"
+#include "cpu/tile/kernels.h"
+
+FA3NPU_TARGET_BEGIN
+namespace fa3npu::FA3NPU_ISA {
+
+template <class U>
+struct ForwardScratch {
+  typedef Sum<U> T;
+  static constexpr int64_t p_ld = kKeyBlock / kDepth<U>;
+
+  struct Block {
+    KeyTile<U> k, v;
+    bool finite;
+    Block(const Attention& a, Arena& arena)
+        : k(a.headdim, false, true, arena), v(a.headdim_v, true, a.qv.data != nullptr, arena) {}
+  };
+
+  QueryTile<U> q;
+  Block* blocks;  // of a panel
+  T* scores;      // [kRowGroup][kKeyBlock]
+  U* p;           // [kRowGroup][p_ld]
+
+  ForwardScratch(const Attention& a, Arena& arena) : q(a, arena) {
+    blocks = arena.make<Block>(kPanelBlocks, a);
+    scores = arena.take<T>(kRowGroup<U> * kKeyBlock);
+    p = kDepth<U> == 1 ? reinterpret_cast<U*>(scores) : arena.take<U>(kRowGroup<U> * p_ld);
+  }
+};
+
+template <class U>
+int64_t forward_bytes(const Attention& a) {
+  return greater(bytes_of<FewScratch<U>>(a, a.together), bytes_of<ForwardScratch<U>>(a));
+}
+
+template <class U>
+void forward_chunk(const Attention& a, const RowTile* tiles, int64_t count, int64_t chunk,
+                   Memory states, Memory scratch) {
+  if (few_rows(a, tiles[0].rows)) return forward_few<U>(a, tiles, count, chunk, states, scratch);
+
+  typedef Sum<U> T;
+  const ProductState product_state;
+  typedef typename ForwardScratch<U>::Block Block;
+  constexpr int64_t p_ld = ForwardScratch<U>::p_ld;
+  Arena arena(scratch);
+  ForwardScratch<U> own(a, arena);
+  const RowTile& tile = tiles[0];
+  own.q.load(tile);
+  const QueryTile<U>& q = own.q;
+  T* const scores = own.scores;
+  U* const p = own.p;
+  empty_state<T>(a, states);
+  const State<T> state(a, states);
+  // Many rows load their state once for all blocks of a panel; few leave a block in cache.
+  const int64_t panel_blocks = q.rows > kRowGroup<U> ? kPanelBlocks : 1;
+  const Sequence& s = *q.s;
+  const int64_t end = least((chunk + 1) * kChunk, s.k_len);
+  const auto blocks_from = [&](int64_t panel, const auto& work) {
+    for (int64_t n = 0, block = panel; n < panel_blocks && block < end; ++n, block += kKeyBlock)
+      work(own.blocks[n], block, least(kKeyBlock, end - block));
+  };
+  const int64_t panel_keys = panel_blocks * kKeyBlock;
+  for (int64_t panel = chunk * kChunk; panel < end; panel += panel_keys) {
+    blocks_from(panel, [&](Block& b, int64_t block, int64_t keys) {
+      if (!q.any_sees(block, 0, q.rows)) return;
+      b.k.load(KeyRows(a, a.k, s, block, keys), a.k, tile.head_k);
+      b.v.load(KeyRows(a, a.v, s, block, keys), a.v, tile.head_k);
+      b.finite = q.all_see(block, 0, q.rows) || b.v.finite(keys);
+    });
+    for (int64_t begin = 0; begin < q.rows; begin += kRowGroup<U>) {
+      const int64_t rows = least(kRowGroup<U>, q.rows - begin);
+      blocks_from(panel, [&](const Block& b, int64_t block, int64_t) {
+        if (!q.any_sees(block, begin, rows)) return;
+        const int64_t columns = q.columns_of(block, begin, rows);
+        q.scores(begin, rows, columns, b.k, b.v, scores);
+        for (int64_t r = 0; r < rows; r += kLanes<T>)
+          softmax_step(q, begin + r, least(kLanes<T>, rows - r), block, columns,
+                       scores + r * kKeyBlock, p + r * p_ld, state);
+        add_product<U>(rows, b.v.ld, units<U>(columns), {p, p_ld, 1}, b.v.rows,
+                       state.out + begin * state.ld, state.ld, b.finite, b.v.spare,
+                       [&](int64_t r, int64_t j) { return q.sees(begin + r, block + j); });
+      });
+    }
+  }
+}
+
+template <class T>
+void merge_state(const Attention& a, const RowTile& t, Memory into_, Memory from_) {
+  const State<T> into(a, into_), from(a, from_);
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const T maximum = greater(into.maximum[r], from.maximum[r]);
+    const T base = maximum == -T(kInf) ? T(0) : maximum;
+    const T alpha = exp1(into.maximum[r] - base), beta = exp1(from.maximum[r] - base);
+    into.maximum[r] = maximum;
+    into.sum[r] = into.sum[r] * alpha + from.sum[r] * beta;
+    for (int64_t c = r * into.ld; c < (r + 1) * into.ld; c += kLanes<T>)
+      store(into.out + c, multiply_add(vec(from.out + c), splat(beta), vec(into.out + c) * alpha));
+  }
+}
+
+template <class T>
+void finish(const Attention& a, const RowTile& t, Memory memory) {
+  const State<T> state(a, memory);
+  const Sequence& s = a.sequences[t.sequence];
+  const bool fp8 = a.v.dtype == ScalarType::Float8_e4m3fn;
+  const T v_scale = fp8 ? a.v_descale.get(t.sequence, t.head_k, 1) : 1;
+  for (int64_t r = 0; r < t.rows; ++r) {
+    const int64_t i = (t.first + r) / a.group();
+    const int64_t head = t.head_k * a.group() + (t.first + r) % a.group();
+    T maximum = state.maximum[r], total = state.sum[r], scale = v_scale;
+    const bool sees_nothing = maximum == -T(kInf) && total == T(0);
+    if (a.sinks.data && !sees_nothing) {  // the sink is one more key, without a value
+      const T sink = a.sinks.get(0, head, 0), base = greater(maximum, sink);
+      const T alpha = exp1(maximum - base), weight = sink == base ? T(1) : exp1(sink - base);
+      total = total * alpha + weight;
+      scale *= alpha;
+      maximum = base;
+    }
+    scale = sees_nothing ? T(0) : scale / total;
+    store_row<T>(state.out + r * state.ld, scale, a.out.dtype, a.headdim_v,
+                 a.out.at(s.q_batch, s.q_begin + i, head));
+    a.softmax_lse.at(s.q_batch, s.q_begin + i, head) =
+        sees_nothing ? -kInf : float(maximum + std::log(total));
+  }
+}
+
+}  // namespace fa3npu::FA3NPU_ISA
+FA3NPU_TARGET_END

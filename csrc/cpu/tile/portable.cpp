@@ -1,0 +1,1 @@
+#include "cpu/tile/instruction_set.h"

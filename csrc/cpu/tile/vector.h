@@ -1,0 +1,297 @@
+// The primitives of an instruction set: vectors as wide as a register, exp, reductions, transposes,
+// the multiply-add of products. Everything else is written against them.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "cpu/tile/isa.h"
+
+FA3NPU_TARGET_BEGIN
+namespace fa3npu::FA3NPU_ISA {
+
+// What a product multiplies: a float, a double, or a pair of neighbouring bfloat16 along the summed
+// dimension. Products of U are summed as Sum<U>.
+struct Pair {
+  uint16_t first, second;
+};
+template <class U>
+struct SumOf {
+  typedef U type;
+};
+template <>
+struct SumOf<Pair> {
+  typedef float type;
+};
+template <class U>
+using Sum = typename SumOf<U>::type;
+template <class U>
+constexpr int64_t kDepth = std::is_same_v<U, Pair> ? 2 : 1;  // numbers in a U
+
+template <class T>
+struct Vector;
+template <>
+struct Vector<float> {
+  typedef float type __attribute__((vector_size(FA3NPU_BYTES)));
+  typedef int32_t bits __attribute__((vector_size(FA3NPU_BYTES)));
+};
+template <>
+struct Vector<double> {
+  typedef double type __attribute__((vector_size(FA3NPU_BYTES)));
+};
+template <>
+struct Vector<Pair> {
+  typedef typename Vector<float>::bits type;
+};
+template <class T>
+using Vec = typename Vector<T>::type;
+template <class T>
+constexpr int64_t kLanes = FA3NPU_BYTES / sizeof(T);
+
+// A vector from memory, and to it. By value: of a reference clang forgets that it may be unaligned.
+template <class T>
+INLINE Vec<T> vec(const T* from) {
+  typedef Vec<T> Unaligned __attribute__((aligned(1), may_alias));
+  return *reinterpret_cast<const Unaligned*>(from);
+}
+template <class T>
+INLINE void store(T* to, const Vec<T>& x) {
+  typedef Vec<T> Unaligned __attribute__((aligned(1), may_alias));
+  *reinterpret_cast<Unaligned*>(to) = x;
+}
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t clamp(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : (x > high ? high : x);
+}
+
+template <class T>
+INLINE void fill(T* p, int64_t n, T value) {
+  for (int64_t i = 0; i < n; ++i) p[i] = value;
+}
+
+template <class T>
+INLINE Vec<T> splat(T x) {
+  return x - Vec<T>{};  // exact for every x
+}
+
+// x y + z, rounded once; twice where no instruction does it. The compiler makes none of its own
+// (-ffp-contract=off), so that every rounding is to be read in these files. A Pair adds two
+// products.
+INLINE Vec<float> multiply_add(const Vec<float>& x, const Vec<float>& y, const Vec<float>& z) {
+#if FA3NPU_AVX512
+  return _mm512_fmadd_ps(x, y, z);
+#elif FA3NPU_BYTES == 32
+  return _mm256_fmadd_ps(x, y, z);
+#elif defined(__aarch64__)
+  return vfmaq_f32(z, x, y);
+#else
+  return x * y + z;
+#endif
+}
+INLINE Vec<double> multiply_add(const Vec<double>& x, const Vec<double>& y, const Vec<double>& z) {
+#if FA3NPU_AVX512
+  return _mm512_fmadd_pd(x, y, z);
+#elif FA3NPU_BYTES == 32
+  return _mm256_fmadd_pd(x, y, z);
+#elif defined(__aarch64__)
+  return vfmaq_f64(z, x, y);
+#else
+  return x * y + z;
+#endif
+}
+#if FA3NPU_BFLOAT16
+INLINE Vec<Pair> splat(Pair x) {
+  int32_t both;
+  __builtin_memcpy(&both, &x, 4);
+  return (Vec<Pair>)_mm512_set1_epi32(both);
+}
+INLINE Vec<float> multiply_add(const Vec<Pair>& x, const Vec<Pair>& y, const Vec<float>& z) {
+#if defined(__clang__)  // clang 16 never comes back from weighing a shuffle of bfloat16 vectors
+  Vec<float> sum = z;
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
+  return sum;
+#else
+  return _mm512_dpbf16_ps(z, (__m512bh)x, (__m512bh)y);
+#endif
+}
+#endif
+
+// ---- exp: at most 1.2 ulp up to 88 (0.9 with FMA), exact at 0, 0 below the smallest normal; NaN
+// stays NaN ----
+
+// x = n log(2) + r, n whole and |r| <= 0.35, for -87.3 <= x <= 88.3
+struct Reduced {
+  Vec<float> n, r;
+};
+
+INLINE Reduced reduced(const Vec<float>& x) {
+#if FA3NPU_AVX512
+  const Vec<float> n = _mm512_roundscale_ps(x * 1.44269504088896341f, 0);
+#else
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec<float> n = multiply_add(x, splat(1.44269504088896341f), splat(magic)) - magic;
+#endif
+  const Vec<float> r = multiply_add(n, splat(-0.693359375f), x);
+  return {n, multiply_add(n, splat(2.12194440e-4f), r)};
+}
+
+INLINE Vec<float> exp_tail(const Vec<float>& r) {  // e^r = 1 + r + r^2 exp_tail(r)
+  Vec<float> p = multiply_add(r, splat(1.9875691500e-4f), splat(1.3981999507e-3f));
+  p = multiply_add(p, r, splat(8.3334519073e-3f));
+  p = multiply_add(p, r, splat(4.1665795894e-2f));
+  p = multiply_add(p, r, splat(1.6666665459e-1f));
+  return multiply_add(p, r, splat(5.0000001201e-1f));
+}
+
+INLINE Vec<float> exp_of_remainder(const Vec<float>& r) {
+  return multiply_add(multiply_add(exp_tail(r), r, splat(1.0f)), r, splat(1.0f));
+}
+
+INLINE Vec<float> power_of_2(const Vec<float>& n) {
+  typedef typename Vector<float>::bits Bits;
+  const Bits exponent = (__builtin_convertvector(n, Bits) + 127) << 23;
+  return (Vec<float>)exponent;
+}
+
+INLINE Vec<float> exp_(const Vec<float>& x) {
+#if FA3NPU_AVX512
+  const Reduced e = reduced(x);
+  const Vec<float> y = exp_of_remainder(e.r);
+  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(normal, y, e.n);
+#else
+  const auto in_range = (x >= -87.33654f) & (x <= 88.37626f);
+  const Reduced e = reduced(in_range ? x : Vec<float>{});
+  const Vec<float> y = exp_of_remainder(e.r);
+  const Vec<float> outside = x > 0.0f ? Vec<float>{} + kInf : (x < 0.0f ? Vec<float>{} : x);
+  return in_range ? y * power_of_2(e.n) : outside;
+#endif
+}
+
+INLINE Vec<double> exp_(const Vec<double>& x) {
+  Vec<double> y;
+  for (int64_t i = 0; i < kLanes<double>; ++i) y[i] = std::exp(x[i]);
+  return y;
+}
+
+template <class T>
+INLINE T exp1(T x) {
+  return exp_(splat(x))[0];  // the vector's own, so that one row of one key has the same bits
+}
+
+// softcap * tanh(x / softcap), tanh(y) = (e^2y - 1) / (e^2y + 1) with both from the same e^r - 1:
+// at most 6 ulp
+INLINE Vec<float> softcapped(const Vec<float>& x, float softcap) {
+  const Vec<float> y = x * (2.0f / softcap);
+  const Vec<float> bounded = y > 40.0f ? splat(40.0f) : (y > -40.0f ? y : splat(-40.0f));
+  const Reduced e = reduced(bounded);
+  const Vec<float> power = power_of_2(e.n), q = multiply_add(exp_tail(e.r), e.r * e.r, e.r);
+  const Vec<float> less_one = multiply_add(q, power, power - 1.0f);
+  const Vec<float> capped = softcap * less_one / (less_one + 2.0f);
+  return x == x ? capped : x;
+}
+INLINE Vec<double> softcapped(const Vec<double>& x, double softcap) {
+  Vec<double> y;
+  for (int64_t i = 0; i < kLanes<double>; ++i) y[i] = softcap * std::tanh(x[i] / softcap);
+  return y;
+}
+
+// ---- a square of lanes x lanes, transposed ----
+
+#if FA3NPU_AVX512
+INLINE Vec<float> lanes_of(const Vec<float>& a, const Vec<float>& b, const __m512i& which) {
+  return _mm512_permutex2var_ps(a, which, b);
+}
+INLINE Vec<double> lanes_of(const Vec<double>& a, const Vec<double>& b, const __m512i& which) {
+  return _mm512_permutex2var_pd(a, which, b);
+}
+INLINE Vec<Pair> lanes_of(const Vec<Pair>& a, const Vec<Pair>& b, const __m512i& which) {
+  return (Vec<Pair>)_mm512_permutex2var_epi32((__m512i)a, which, (__m512i)b);
+}
+
+// Which lanes of two vectors make the first and the second one after quarters of size `half` swap.
+template <class U, class Index>
+struct Swaps {
+  static constexpr int L = kLanes<U>;
+  alignas(64) Index first[L], second[L];
+  constexpr explicit Swaps(int half) : first(), second() {
+    for (int j = 0; j < L; ++j) {
+      first[j] = j & half ? L + j - half : j;
+      second[j] = j & half ? L + j : j + half;
+    }
+  }
+};
+
+template <class U, int Half>
+INLINE void swap_quarters(Vec<U>* x) {
+  typedef std::conditional_t<sizeof(U) == 4, int32_t, int64_t> Index;
+  static constexpr Swaps<U, Index> swaps(Half);
+  const __m512i first = _mm512_load_si512(swaps.first), second = _mm512_load_si512(swaps.second);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<U>; ++i) {
+    if (i & Half) continue;
+    const Vec<U> a = x[i], b = x[i + Half];
+    x[i] = lanes_of(a, b, first);
+    x[i + Half] = lanes_of(a, b, second);
+  }
+}
+#endif
+
+// Rows load(0), load(1), ... become the columns of `to`.
+template <class U, class Load>
+INLINE void transpose(const Load& load, U* to, int64_t ld) {
+  constexpr int L = kLanes<U>;
+  Vec<U> x[L];
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) x[i] = load(i);
+#if FA3NPU_AVX512
+  if constexpr (L == 16) swap_quarters<U, 8>(x);
+  swap_quarters<U, 4>(x);
+  swap_quarters<U, 2>(x);
+  swap_quarters<U, 1>(x);
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) store(to + i * ld, x[i]);
+#else
+  for (int i = 0; i < L; ++i)
+    for (int j = 0; j < L; ++j) to[j * ld + i] = x[i][j];
+#endif
+}
+
+// ---- reductions: lane i of the result is of all lanes of x[i], in a fixed tree ----
+
+template <class T, class F>
+INLINE Vec<T> reduce(const Vec<T>* x, const F& combine) {
+  constexpr int L = kLanes<T>;
+  T squares[L * L] __attribute__((aligned(64)));
+  transpose<T>([&](int64_t i) { return x[i]; }, squares, L);
+#pragma GCC unroll 16
+  for (int half = L / 2; half > 0; half /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < half; ++i)
+      store(squares + i * L, combine(vec(squares + i * L), vec(squares + (i + half) * L)));
+  return vec(squares);
+}
+
+template <class T>
+INLINE Vec<T> sums(const Vec<T>* x) {
+  return reduce<T>(x, [](const auto& a, const auto& b) { return a + b; });
+}
+
+template <class T>
+INLINE Vec<T> maxima(const Vec<T>* x) {
+  return reduce<T>(x, [](const auto& a, const auto& b) { return a > b ? a : b; });
+}
+
+template <class T>
+INLINE T greater(T a, T b) {
+  return b > a ? b : a;
+}
+
+}  // namespace fa3npu::FA3NPU_ISA
+FA3NPU_TARGET_END

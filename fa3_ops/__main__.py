@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from fa3_ops import consistency, doctor
-from fa3_ops.info import report
+from fa3_ops.tools import consistency, doctor
+from fa3_ops.tools.info import report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
         (consistency, "run the bitwise contract on a device"),
         (doctor, "check versions, results and bits; prints one report to paste into an issue"),
     ):
-        command = commands.add_parser(module.__name__.removeprefix("fa3_ops."), help=what)
+        command = commands.add_parser(module.__name__.removeprefix("fa3_ops.tools."), help=what)
         module.add_arguments(command)
         command.set_defaults(run=module.main)
     chosen = parser.parse_args(arguments)

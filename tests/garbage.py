@@ -1,6 +1,6 @@
 """Garbage calls of every raw operator, one for each seed; fuzz.py makes them.
 
-A call is a sample of sample_inputs.py with up to three arguments replaced: other shapes, strides,
+A call is a sample of fa3_ops.testing with up to three arguments replaced: other shapes, strides,
 dtypes, devices, values, or memory shared with another argument.
 """
 
@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sample_inputs import SAMPLES, Sample, flash_attn_func_fp8
 from torch import Tensor
+
+from fa3_ops.testing import sample_calls
 
 Call = dict[str, Any]
 Random = random.Random
@@ -188,16 +189,12 @@ class Calls:
     """Calls of the operators, one for each seed."""
 
     def __init__(self) -> None:
-        torch.manual_seed(0)
-        samples: list[tuple[Any, Sample]] = [
-            (op, s) for op, make in SAMPLES.items() for s in make()
-        ]
-        samples += [(torch.ops.fa3npu.flash_attn_func.default, s) for s in flash_attn_func_fp8()]
         self.by_operator: dict[Any, list[Call]] = {}
         self.by_name: dict[str, list[Any]] = {}
-        for op, (args, kwargs) in samples:
+        for sample in sample_calls():
+            op = sample.operator
             call = {a.name: a.default_value for a in op._schema.arguments}
-            call |= dict(zip(call, args, strict=False)) | kwargs
+            call |= dict(zip(call, sample.args, strict=False)) | sample.kwargs
             call = {k: x.detach() if isinstance(x, Tensor) else x for k, x in call.items()}
             self.by_operator.setdefault(op, []).append(call)
             for name, value in call.items():

@@ -1,6 +1,6 @@
 """The bitwise contract of docs/design.md on CPU: random sequences, masks, layouts and threads.
 
-fa3_ops/consistency.py has the fixed comparisons that run on any device; here everything varies.
+fa3_ops/tools/consistency has the fixed comparisons that run on any device; here everything varies.
 What a call computes of a sequence is compared with that sequence alone, by flash_attn_func, dense
 and on one thread. Memory that no sequence owns holds NaN.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,21 +14,34 @@ import pytest
 import torch
 
 import fa3_ops
-from fa3_ops import __main__, consistency, doctor, info
+from fa3_ops import __main__
 from fa3_ops.backends.npu import device as npu_device
 from fa3_ops.backends.npu.device import Kernel
-from fa3_ops.doctor import Report
+from fa3_ops.testing import SampleCall, sample_calls
+from fa3_ops.tools import consistency, doctor, info
+from fa3_ops.tools.consistency.case import Setting
+from fa3_ops.tools.doctor import machine, results
+from fa3_ops.tools.doctor.built_in import built_in_calls
+from fa3_ops.tools.doctor.report import Report
 
-SMALL = consistency.Setting("cpu", torch.float32, 16, seqlens=(5, 1, 9))
+SMALL = Setting("cpu", torch.float32, 16, seqlens=(5, 1, 9))
 GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(autouse=True)
 def no_npu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test starts on a machine without NPU, and with a short bitwise contract."""
-    monkeypatch.setattr(doctor, "import_torch_npu", lambda: "torch_npu is not installed")
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    """Every test starts on a machine without NPU, with few samples and a short contract."""
+    monkeypatch.setattr(machine, "import_torch_npu", lambda: "torch_npu is not installed")
+    monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
+    shorten(monkeypatch)
+
+
+def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(consistency, "settings", lambda device: [SMALL])
+    few = ("apply_rotary.default-0", "flash_attn_combine.default-0")
+    monkeypatch.setattr(
+        doctor, "sample_calls", lambda *args: (c for c in sample_calls(*args) if c.name in few)
+    )
 
 
 @pytest.fixture
@@ -54,12 +68,14 @@ def test_report_on_cpu(golden: Path, capsys: pytest.CaptureFixture[str]) -> None
         "## NPU",
         "## Results on cpu",
         "## Bitwise contract on cpu",
+        "## Registration on cpu",
     ]
     assert f"- torch: {torch.__version__}" in lines
     assert "- no NPU here: torch_npu is not installed" in lines
     assert "- fa2_alibi.safetensors: 4 of 4 right, served by cpu (4)" in lines
     assert "- built-in, float16: 13 of 13 right, served by cpu (13)" in lines
     assert any(line.startswith("- gradients, bfloat16: right (") for line in lines)
+    assert "- opcheck: 2 of 2 right" in lines
     assert "- summary: bitwise contract on cpu: 14 held" in lines
     assert lines[-1] == "**Verdict: all right on cpu; calls served by cpu (30)**"
 
@@ -93,13 +109,30 @@ def test_an_append_that_writes_nothing_is_reported(monkeypatch: pytest.MonkeyPat
     def forgetful(*, k_cache: torch.Tensor, v_cache: torch.Tensor, **kwargs: Any) -> Any:
         return right(k_cache=k_cache.clone(), v_cache=v_cache.clone(), **kwargs)
 
-    call = doctor.built_in_calls(torch.float16)[-1]
-    assert doctor.attempt_call(call, "cpu") == ("cpu", "")
+    call = built_in_calls(torch.float16)[-1]
+    assert results.attempt_call(call, "cpu") == ("cpu", "")
     monkeypatch.setattr(fa3_ops, "flash_attn_with_kvcache", forgetful)
-    _, wrong = doctor.attempt_call(call, "cpu")
+    _, wrong = results.attempt_call(call, "cpu")
     assert "k_cache differs by" in wrong
     assert "v_cache differs by" in wrong
     assert "out" not in wrong
+
+
+def test_a_wrong_fake_kernel_is_reported(
+    golden: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.library._scoped_library("fa3npu_doctor", "FRAGMENT") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", lambda x: 2 * x, "CPU")
+        library.impl("twice", lambda x: x.new_empty(len(x) + 1), "Meta")
+        call = SampleCall("twice-0", torch.ops.fa3npu_doctor.twice.default, (torch.ones(3),), {})
+        monkeypatch.setattr(doctor, "sample_calls", lambda *args: iter([call]))
+        status, lines = report_of(golden, capsys)
+    assert status == 1
+    assert "- opcheck: 0 of 1 right" in lines
+    (line,) = (line for line in lines if line.startswith("- opcheck, twice-0: FAILED: "))
+    assert "test_faketensor failed" in line
+    assert lines[-1] == "**Verdict: 1 failed on cpu: opcheck, twice-0**"
 
 
 def test_a_crash_is_a_line(
@@ -109,13 +142,14 @@ def test_a_crash_is_a_line(
         raise RuntimeError("aclnn 561002\nstack")
 
     monkeypatch.setattr(fa3_ops, "flash_attn_varlen_func", crash)
-    monkeypatch.setattr(doctor, "driver_version", crash)
+    monkeypatch.setattr(machine, "driver_version", crash)
     status, lines = report_of(golden, capsys)
     assert status == 1
     assert "- driver: FAILED: RuntimeError: aclnn 561002" in lines
     packed = "- built-in, float16, packed (no backend): FAILED: RuntimeError: aclnn 561002"
     assert packed in lines
-    assert "| alone or in any batch | error | RuntimeError: aclnn 561002 | cpu |" in lines
+    rows = [re.sub(" +", " ", line) for line in lines]
+    assert "| alone or in any batch | error | RuntimeError: aclnn 561002 | cpu |" in rows
     assert "stack" not in lines
 
 
@@ -141,22 +175,8 @@ def test_broken_file_of_recorded_calls(tmp_path: Path, capsys: pytest.CaptureFix
     assert any(line.startswith("- recorded calls, half.safetensors: FAILED: ") for line in lines)
 
 
-@pytest.mark.parametrize("name", ["fa3", "npu_v3"])
-def test_reads_what_the_package_reads(name: str) -> None:
-    from safetensors.torch import load_file
-
-    path = GOLDEN / f"{name}.safetensors"
-    _, tensors = doctor.read_safetensors(path)
-    wanted = load_file(path)
-    assert tensors.keys() == wanted.keys()
-    for key, t in wanted.items():
-        assert tensors[key].dtype == t.dtype
-        assert tensors[key].shape == t.shape
-        assert torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (tensors[key], t)))
-
-
 def test_recorded_errors_are_left_out() -> None:
-    calls = list(doctor.recorded_calls(GOLDEN / "npu_v3.safetensors"))
+    calls = results.right_calls(GOLDEN / "npu_v3.safetensors")
     assert len(calls) == 39
     assert "dv128_d64" not in {call.name for call in calls}
 
@@ -172,7 +192,7 @@ def script(path: Path, text: str) -> None:
 def test_driver_and_cann(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(tmp_path / "npu-smi", 'echo "npu-smi 25.2.0 $1"')
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(doctor, "DRIVER", tmp_path / "version.info")
+    monkeypatch.setattr(machine, "DRIVER", tmp_path / "version.info")
     (tmp_path / "version.info").write_text("Version=25.2.0\nascendhal_version=7.35.23\nother=1\n")
     home = tmp_path / "toolkit"
     (home / "aarch64-linux").mkdir(parents=True)
@@ -181,7 +201,7 @@ def test_driver_and_cann(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("ASCEND_TOOLKIT_HOME", str(home))
 
     report = Report()
-    doctor.driver(report)
+    machine.driver(report)
     text = "\n".join(report.lines)
     assert not report.failures
     assert "- driver: Version=25.2.0, ascendhal_version=7.35.23" in text
@@ -189,10 +209,10 @@ def test_driver_and_cann(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "- CANN: version=8.5.0 (" in text
 
     script(tmp_path / "npu-smi", "exit 3")
-    doctor.driver(report)
+    machine.driver(report)
     assert report.failures == ["npu-smi"]
     (home / "aarch64-linux" / "ascend_toolkit_install.info").unlink()
-    assert doctor.cann_version() == f"no version file in {home}"
+    assert machine.cann_version() == f"no version file in {home}"
 
 
 def test_versions_that_do_not_belong_together(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +225,7 @@ def test_versions_that_do_not_belong_together(monkeypatch: pytest.MonkeyPatch) -
     ):
         monkeypatch.setattr(info, "version", lambda name, found=found: found)
         report = Report()
-        doctor.versions(report)
+        machine.versions(report)
         assert report.failures == failures
     assert (
         "- torch and torch_npu: FAILED: RuntimeError: torch_npu 2.9.0 is built for torch 2.9.0, "
@@ -216,7 +236,7 @@ def test_versions_that_do_not_belong_together(monkeypatch: pytest.MonkeyPatch) -
 def test_emulation_is_not_taken_for_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cann_emulator", ModuleType("cann_emulator"))
     report = Report()
-    doctor.versions(report)
+    machine.versions(report)
     assert "- CANN: EMULATED: no NPU computes anything of this report" in report.lines
 
 
@@ -230,7 +250,7 @@ def test_emulation_is_not_taken_for_hardware(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_kernel_tables(monkeypatch: pytest.MonkeyPatch, soc: str, said: str) -> None:
     monkeypatch.setattr(npu_device, "soc_name", lambda: soc)
-    assert said in doctor.kernel_tables()
+    assert said in machine.kernel_tables()
 
 
 def test_flash_attn_npu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,16 +258,16 @@ def test_flash_attn_npu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(npu_device, "soc_name", lambda: "Ascend910B1")
     monkeypatch.setattr(npu_device, "kernel", lambda: kernel)
     report = Report()
-    doctor.npu(report)
+    machine.npu(report)
     assert (
         "- flash_attn_npu: 0.4, module flash_attn_npu_3.flash_attn_npu_3, "
         "table: 0.4 or later on 910B/C" in report.lines
     )
     monkeypatch.setattr(npu_device, "kernel", lambda: "flash_attn_npu is not installed")
-    assert doctor.flash_attn_npu() == "flash_attn_npu is not installed"
+    assert machine.flash_attn_npu() == "flash_attn_npu is not installed"
     monkeypatch.setattr(npu_device, "kernel", lambda: "flash_attn_npu does not load:\n no CANN")
     monkeypatch.setattr(info, "version", lambda name: "0.4.2")
-    doctor.npu(report)
+    machine.npu(report)
     assert report.failures == ["flash_attn_npu"]
 
 
@@ -279,7 +299,7 @@ def test_torch_npu_that_does_not_import(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(consistency, "settings", lambda device: [SMALL])
+    shorten(monkeypatch)
     (tmp_path / "torch_npu.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "torch_npu", raising=False)
@@ -300,7 +320,7 @@ def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TASK_QUEUE_ENABLE", "2")
     monkeypatch.setenv("UNRELATED_TOKEN", "secret")
     report = Report()
-    doctor.environment(report)
+    machine.environment(report)
     assert "- FA3NPU_STRICT: 1" in report.lines
     assert "- TASK_QUEUE_ENABLE: 2" in report.lines
     assert "secret" not in "\n".join(report.lines)

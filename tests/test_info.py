@@ -13,9 +13,9 @@ import torch
 from processes import python
 
 import fa3_ops
-from fa3_ops import info
 from fa3_ops.backends.npu import device as npu_device
 from fa3_ops.backends.npu.device import Kernel
+from fa3_ops.tools import info
 
 
 def test_report() -> None:
@@ -71,6 +71,12 @@ def test_help_names_the_commands() -> None:
     assert printed.returncode == 0
     assert "consistency" in printed.stdout
     assert "doctor" in printed.stdout
+
+
+def test_importing_the_operators_imports_no_tool() -> None:
+    code = "import sys, fa3_ops; print([m for m in sys.modules if m.startswith(%s)])"
+    rooms = "('fa3_ops.tools', 'fa3_ops.testing', 'tabulate')"
+    assert python("-c", code % rooms).stdout.strip() == "[]"
 
 
 def test_instruction_set_can_be_forced() -> None:

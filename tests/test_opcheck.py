@@ -1,33 +1,55 @@
-"""torch.library.opcheck, all four utilities, on every operator; one without a sample fails."""
+"""torch.library.opcheck on the samples of every operator; one without a sample fails."""
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 import torch
-from sample_inputs import SAMPLES, flash_attn_func_fp8
 
-CALLS = [(op, i) for op, samples in SAMPLES.items() for i, _ in enumerate(samples())]
+import fa3_ops.testing
+from fa3_ops.testing import sample_calls, samples
+
+ops = torch.ops.fa3npu
+NAMES = [call.name for call in sample_calls()]
 NO_SAMPLE = {"cpu_capability", "cpu_capabilities"}  # opcheck asks for a tensor argument
 NO_SAMPLE |= {"no_gradient"}  # raises, whatever it gets: tests/test_autograd.py
 
 
-@pytest.mark.parametrize(("op", "index"), CALLS, ids=lambda x: str(x).removeprefix("fa3npu."))
-def test_opcheck(op: torch._ops.OpOverload, index: int) -> None:
-    torch.manual_seed(0)
-    args, kwargs = list(SAMPLES[op]())[index]
-    results = torch.library.opcheck(op, args, kwargs)
-    assert set(results.values()) == {"SUCCESS"}
-    assert len(results) == 4
-
-
-def test_opcheck_fp8() -> None:
-    """All but the schema check, which compares inputs by arithmetic that float8 lacks."""
-    args, kwargs = next(flash_attn_func_fp8())
-    utilities = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(name: str) -> None:
+    (call,) = (call for call in sample_calls() if call.name == name)
     results = torch.library.opcheck(
-        torch.ops.fa3npu.flash_attn_func.default, args, kwargs, test_utils=utilities
+        call.operator, call.args, call.kwargs, test_utils=call.test_utils
     )
     assert set(results.values()) == {"SUCCESS"}
+    eight = getattr(call.args[0], "dtype", None) == torch.float8_e4m3fn
+    assert len(results) == (3 if eight else 4)
+
+
+def few(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Leaves two operators, and notes every operator that opcheck is called with."""
+    checked: list[str] = []
+    opcheck = torch.library.opcheck
+
+    def noted(op: Any, *args: Any, **kwargs: Any) -> Any:
+        checked.append(op._opname)
+        return opcheck(op, *args, **kwargs)
+
+    chosen = (ops.flash_attn_func_backward.default, ops.flash_attn_kvcache.out)
+    monkeypatch.setattr(samples, "SAMPLES", {op: samples.SAMPLES[op] for op in chosen})
+    monkeypatch.setattr(torch.library, "opcheck", noted)
+    return checked
+
+
+def test_the_lines_of_the_docstring(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = few(monkeypatch)
+    assert fa3_ops.testing.__doc__ is not None
+    loop = re.search(r"for call in sample_calls.*?(?=\n\n)", fa3_ops.testing.__doc__, re.DOTALL)
+    assert loop is not None
+    exec(loop[0], vars(fa3_ops.testing) | {"torch": torch, "device": "cpu"})
+    assert checked == [*["flash_attn_func_backward"] * 3, "flash_attn_kvcache"]
 
 
 def test_every_operator_has_a_sample() -> None:
@@ -37,5 +59,5 @@ def test_every_operator_has_a_sample() -> None:
         if qualified.startswith("fa3npu::")
         for name, _, overload in [qualified.removeprefix("fa3npu::").partition(".")]
     }
-    sampled = {(op._opname, op._overloadname) for op in SAMPLES}
+    sampled = {(call.operator._opname, call.operator._overloadname) for call in sample_calls()}
     assert {n for n in names if n[0] not in NO_SAMPLE} == sampled

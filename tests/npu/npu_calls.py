@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fa3_ops.testing.samples import moved
+
 
 def examples_of(count: int) -> settings:
     return settings(
@@ -36,9 +38,7 @@ TOLERANCE = {
 
 
 def on_npu(t: Tensor, device: str = "npu") -> Tensor:
-    """The same strides into the same memory, on the device."""
-    whole = torch.empty(0, dtype=t.dtype).set_(t.detach().untyped_storage())
-    return whole.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
+    return moved(t, device, t.dtype)
 
 
 def to_npu(call: dict[str, Any], device: str = "npu") -> dict[str, Any]:

@@ -6,8 +6,10 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import textwrap
 
 import torch
+from tabulate import tabulate
 
 Row = tuple[str, str]
 
@@ -72,10 +74,10 @@ def backends() -> list[Row]:
 
 
 def report() -> str:
-    """The table as text."""
+    """The tables as text."""
     sections = {"Versions": versions(), "Devices": devices(), "Backends": backends()}
-    width = max(len(name) for rows in sections.values() for name, _ in rows)
-    lines = []
+    tables = []
     for title, rows in sections.items():
-        lines += ["", title, *(f"  {name:<{width}}  {what}" for name, what in rows)]
-    return "\n".join(lines[1:])
+        table = tabulate(rows, tablefmt="plain", disable_numparse=True)
+        tables.append(f"{title}\n{textwrap.indent(table, '  ')}")
+    return "\n\n".join(tables)

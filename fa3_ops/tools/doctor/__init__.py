@@ -1,0 +1,88 @@
+"""One report to paste into an issue: `python -m fa3_ops doctor`.
+
+What the machine has, whether the parts belong together, what the operators compute on the device
+next to recorded results and to the float64 reference, the bitwise contract, and PyTorch's tests of
+their registration. Everything is tried: a check that raises becomes a line of the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+import fa3_ops
+from fa3_ops.testing import sample_calls
+from fa3_ops.tools.doctor import machine, results
+from fa3_ops.tools.doctor.report import Report, one_line
+
+GOLDEN = Path(__file__).parents[3] / "tests" / "golden"  # in a checkout
+
+
+def examine(device: str | None, golden: Path) -> Report:
+    report = Report(["# fa3_ops doctor"])
+    missing = machine.import_torch_npu()
+    device = device or ("cpu" if missing else "npu")
+    for title, check in (
+        ("Versions", machine.versions),
+        ("Driver and CANN", machine.driver),
+        ("Environment", machine.environment),
+    ):
+        report.section(title)
+        report.attempt(title, check, report)
+    report.section("NPU")
+    if missing:
+        report.say("no NPU here", missing)
+        if device == "npu" or importlib.util.find_spec("torch_npu") is not None:
+            report.failures.append("NPU")
+    else:
+        machine.npu(report)
+    served = compute(report, device, golden)
+    report.lines += ["", verdict(report, device, served)]
+    return report
+
+
+def compute(report: Report, device: str, golden: Path) -> Counter[str]:
+    """Everything that runs operators; how many calls each backend served."""
+    served: Counter[str] = Counter()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report.section(f"Results on {device}")
+        report.attempt("results", results.numbers, report, device, golden, served)
+        report.section(f"Bitwise contract on {device}")
+        report.attempt("bitwise contract", results.bits, report, device)
+        report.section(f"Registration on {device}")
+        report.attempt("opcheck", results.opcheck, report, sample_calls(device, torch.float16))
+    fallbacks = {
+        one_line(str(w.message)) for w in caught if issubclass(w.category, fa3_ops.FallbackWarning)
+    }
+    if fallbacks:
+        report.section("Fallbacks")
+        report.lines += [f"- {text}" for text in sorted(fallbacks)]
+    return served
+
+
+def verdict(report: Report, device: str, served: Counter[str]) -> str:
+    if report.failures:
+        return (
+            f"**Verdict: {len(report.failures)} failed on {device}: {', '.join(report.failures)}**"
+        )
+    return f"**Verdict: all right on {device}; calls served by {results.counted(served)}**"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "npu"), default=None)
+    parser.add_argument(
+        "--golden", type=Path, default=GOLDEN, help="folder of recorded calls (tests/golden)"
+    )
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Prints the report; 1 if anything failed."""
+    report = examine(arguments.device, arguments.golden)
+    print("\n".join(report.lines))
+    return int(bool(report.failures))

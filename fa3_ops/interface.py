@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import index
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -35,22 +35,25 @@ Window: TypeAlias = Sequence[int | None] | Tensor | None
 _INTS = (int, torch.SymInt)
 
 
-def _window(window_size: Window) -> tuple[int, ...]:
-    """A tuple, list or tensor as the tuple that the operators take; None means no limit."""
+def _settings(
+    window_size: Window,
+    attention_chunk: int | None,
+    softcap: float | None,
+    num_splits: int | None,
+    splits: int,
+) -> tuple[tuple[int, ...], int, float, int]:
+    """The window as a tuple, whose None or -1 means no limit; None in the others is the default,
+    `splits` that of num_splits, of which -1 means no split."""
     if window_size is None or (type(window_size) is tuple and window_size == (-1, -1)):
-        return (-1, -1)
-    return tuple([-1 if side is None else index(side) for side in window_size])
-
-
-def _defaults(
-    attention_chunk: int | None, softcap: float | None, num_splits: int | None, splits: int
-) -> tuple[int, float, int]:
-    """None is the default, `splits` that of num_splits, of which -1 means no split."""
+        window: tuple[int, ...] = (-1, -1)
+    else:
+        window = tuple([-1 if side is None else index(side) for side in window_size])
     if num_splits is None:
         num_splits = splits
     elif num_splits == -1:
         num_splits = 1
     return (
+        window,
         0 if attention_chunk is None else attention_chunk,
         0.0 if softcap is None else softcap,
         num_splits,
@@ -72,6 +75,14 @@ def _packed_offsets(seqused_k: Tensor, q: Tensor, cu_seqlens_q: Tensor | None, k
     """cu_seqlens_k of sequences that lie back to back in k, from how long each is."""
     checks.packed_lengths(seqused_k, q, cu_seqlens_q, k)
     return F.pad(seqused_k.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _results(op: Any, arguments: tuple[object, ...], out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """out, in the caller's tensor if there is one, and softmax_lse."""
+    if out is not None:
+        return out, op.out(*arguments, out=out)
+    results: tuple[Tensor, Tensor] = direct.call(op, op.default, arguments)
+    return results
 
 
 def _one_of(**names: Tensor | None) -> Tensor:
@@ -141,9 +152,9 @@ def flash_attn_func(
     """
     if s_aux is not None or learnable_sink is not None:
         sinks = _one_of(sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
-    window = _window(window_size)
-    if attention_chunk is None or softcap is None or num_splits is None or num_splits == -1:
-        attention_chunk, softcap, num_splits = _defaults(attention_chunk, softcap, num_splits, 1)
+    window, attention_chunk, softcap, num_splits = _settings(
+        window_size, attention_chunk, softcap, num_splits, splits=1
+    )
     returns_lse = _returned(return_attn_probs, return_softmax_lse, dropout_p)
     if torch.compiler.is_compiling():
         softmax_scale, softcap = checks.constants(softmax_scale, softcap)
@@ -234,17 +245,16 @@ def flash_attn_varlen_func(
         sinks = _one_of(sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
     if block_table is not None:
         page_table = _one_of(page_table=page_table, block_table=block_table)
-    window = _window(window_size)
-    if attention_chunk is None or softcap is None or num_splits is None or num_splits == -1:
-        attention_chunk, softcap, num_splits = _defaults(attention_chunk, softcap, num_splits, 1)
+    window, attention_chunk, softcap, num_splits = _settings(
+        window_size, attention_chunk, softcap, num_splits, splits=1
+    )
     returns_lse = _returned(return_attn_probs, return_softmax_lse, dropout_p)
     if torch.compiler.is_compiling():
         softmax_scale, softcap = checks.constants(softmax_scale, softcap)
     if page_table is None:
         q, k, v, qv = cast_training(q, k, v, qv)
         if cu_seqlens_k is None and seqused_k is not None and k.dim() == 3:
-            cu_seqlens_k = _packed_offsets(seqused_k, q, cu_seqlens_q, k)
-            seqused_k = None
+            cu_seqlens_k, seqused_k = _packed_offsets(seqused_k, q, cu_seqlens_q, k), None
             max_seqlen_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
     checks.attention(
         q,
@@ -271,50 +281,25 @@ def flash_attn_varlen_func(
         out=out,
         scheduler_metadata=scheduler_metadata,
     )
-    arguments: tuple[object, ...]
     if page_table is not None:
         if max_seqlen_k is not None or deterministic is not False:  # which no operator gets
             check_kind(max_seqlen_k, int | None, "max_seqlen_k")
             check_kind(deterministic, bool, "deterministic")
-        op = ops.flash_attn_kvcache
-        arguments = (
-            *(
-                q,
-                k,
-                v,
-                qv,
-                seqused_k,
-                None,
-                None,
-                page_table,
-                cu_seqlens_q,
-                max_seqlen_q,
-                seqused_q,
-            ),
-            *(q_descale, k_descale, v_descale, softmax_scale, causal, window, attention_chunk),
-            *(softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin, alibi_slopes, sinks),
+        arguments: tuple[object, ...] = (
+            *(q, k, v, qv, seqused_k, None, None, page_table, cu_seqlens_q, max_seqlen_q),
+            *(seqused_q, q_descale, k_descale, v_descale, softmax_scale, causal, window),
+            *(attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin),
+            *(alibi_slopes, sinks),
         )
     else:
-        op = ops.flash_attn_varlen_func
         arguments = (
-            *(
-                q,
-                k,
-                v,
-                cu_seqlens_q,
-                cu_seqlens_k,
-                max_seqlen_q,
-                max_seqlen_k,
-                seqused_q,
-                seqused_k,
-            ),
-            *(softmax_scale, causal, qv, q_descale, k_descale, v_descale, window, attention_chunk),
-            *(softcap, num_splits, pack_gqa, deterministic, sm_margin, alibi_slopes, sinks),
+            *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q),
+            *(seqused_k, softmax_scale, causal, qv, q_descale, k_descale, v_descale, window),
+            *(attention_chunk, softcap, num_splits, pack_gqa, deterministic, sm_margin),
+            *(alibi_slopes, sinks),
         )
-    if out is None:
-        out, softmax_lse = direct.call(op, op.default, arguments)
-    else:
-        softmax_lse = op.out(*arguments, out=out)
+    op = ops.flash_attn_varlen_func if page_table is None else ops.flash_attn_kvcache
+    out, softmax_lse = _results(op, arguments, out)
     return (out, softmax_lse) if returns_lse else out
 
 
@@ -455,8 +440,9 @@ def flash_attn_with_kvcache(
         sinks = _one_of(sinks=sinks, s_aux=s_aux, learnable_sink=learnable_sink)
     if type(return_softmax_lse) is not bool:
         check_kind(return_softmax_lse, bool, "return_softmax_lse")
-    if attention_chunk is None or softcap is None or num_splits is None or num_splits == -1:
-        attention_chunk, softcap, num_splits = _defaults(attention_chunk, softcap, num_splits, 0)
+    window, attention_chunk, softcap, num_splits = _settings(
+        window_size, attention_chunk, softcap, num_splits, splits=0
+    )
     if isinstance(cache_seqlens, _INTS):
         batch = q.shape[:1] if cu_seqlens_q is None else (cu_seqlens_q.shape[0] - 1,)
         cache_seqlens = torch.full(batch, cache_seqlens, dtype=torch.int32, device=k_cache.device)
@@ -478,26 +464,9 @@ def flash_attn_with_kvcache(
         )
         try:
             return flash_attn_varlen_func(
-                q,
-                k_cache,
-                v_cache,
-                cu_seqlens_q,
-                None,
-                max_seqlen_q,
-                None,
-                seqused_q,
-                cache_seqlens,
-                softmax_scale,
-                causal,
-                qv,
-                q_descale,
-                k_descale,
-                v_descale,
-                window_size,
-                attention_chunk,
-                softcap,
-                num_splits,
-                pack_gqa,
+                *(q, k_cache, v_cache, cu_seqlens_q, None, max_seqlen_q, None, seqused_q),
+                *(cache_seqlens, softmax_scale, causal, qv, q_descale, k_descale, v_descale),
+                *(window, attention_chunk, softcap, num_splits, pack_gqa),
                 sm_margin=sm_margin,
                 alibi_slopes=alibi_slopes,
                 sinks=sinks,
@@ -510,7 +479,7 @@ def flash_attn_with_kvcache(
     arguments = (
         *(q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx),
         *(cache_leftpad, page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, rotary_seqlens),
-        *(q_descale, k_descale, v_descale, softmax_scale, causal, _window(window_size)),
+        *(q_descale, k_descale, v_descale, softmax_scale, causal, window),
         *(attention_chunk, softcap, rotary_interleaved, scheduler_metadata, num_splits, pack_gqa),
         *(sm_margin, alibi_slopes, sinks, seqused_q),
     )
@@ -601,8 +570,9 @@ def get_scheduler_metadata(
     (ValueError): make it before each replay and copy it into the tensor that the captured call got.
     """
     check_kind(qkv_dtype, torch.dtype, "qkv_dtype")
-    if attention_chunk is None or softcap is None or num_splits is None or num_splits == -1:
-        attention_chunk, softcap, num_splits = _defaults(attention_chunk, softcap, num_splits, 0)
+    window, attention_chunk, softcap, num_splits = _settings(
+        window_size, attention_chunk, softcap, num_splits, splits=0
+    )
     if cache_seqlens.dim() == 1 and cache_seqlens.shape[0] != batch_size:
         raise ValueError(
             f"batch_size must be the number of cache_seqlens, {cache_seqlens.shape[0]}, "
@@ -620,7 +590,7 @@ def get_scheduler_metadata(
     metadata: Tensor = ops.get_scheduler_metadata(
         *(batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim),
         *(cache_seqlens, qkv_dtype, headdim_v, cu_seqlens_q, cu_seqlens_k_new, cache_leftpad),
-        *(page_size, max_seqlen_k_new, causal, _window(window_size), attention_chunk, has_softcap),
+        *(page_size, max_seqlen_k_new, causal, window, attention_chunk, has_softcap),
         *(num_splits, pack_gqa, sm_margin, softcap, softmax_scale),
     )
     return metadata

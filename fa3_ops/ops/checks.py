@@ -225,8 +225,10 @@ def attention(
         raise TypeError(f"q must have one of the dtypes {names}, got {q_dtype}")
     dtype(k, q_dtype, k_name, " like q")
     dtype(v, q_dtype, v_name, " like q")
-    others = (k, v, seqused_k, cu_seqlens_q, cu_seqlens_k, seqused_q)
-    others += (cache_batch_idx, cache_leftpad, page_table)
+    others = (
+        *(k, v, seqused_k, cu_seqlens_q, cu_seqlens_k, seqused_q),
+        *(cache_batch_idx, cache_leftpad, page_table),
+    )
     for t in others:
         if t is not None and t.device != device:
             named = zip((k_name, v_name, seqused_k_name, *OPTIONAL), others, strict=True)
@@ -387,7 +389,6 @@ def append(
     v_cache: Tensor,
     k: Tensor | None,
     v: Tensor | None,
-    *,
     batch_size: int,
     rotary_cos: Tensor | None,
     rotary_sin: Tensor | None,

@@ -61,9 +61,7 @@ def _append(
     """Checks, appends and rotates; returns the arguments of flash_attn_kvcache. Positional, all of
     it: to bind so many arguments by name would take a tenth of the shortest call."""
     batch_size = checks.attention(
-        q,
-        k_cache,
-        v_cache,
+        *(q, k_cache, v_cache),
         k_name="k_cache",
         v_name="v_cache",
         seqused_k_name="cache_seqlens",
@@ -89,17 +87,8 @@ def _append(
         scheduler_metadata=scheduler_metadata,
     )
     checks.append(
-        q,
-        k_cache,
-        v_cache,
-        k,
-        v,
-        batch_size=batch_size,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        cache_seqlens=cache_seqlens,
-        cu_seqlens_k_new=cu_seqlens_k_new,
-        rotary_seqlens=rotary_seqlens,
+        *(q, k_cache, v_cache, k, v, batch_size, rotary_cos, rotary_sin, cache_seqlens),
+        *(cu_seqlens_k_new, rotary_seqlens),
     )
     if k is not None and cache_seqlens is not None:
         # What the append does not take and the attention would refuse after it.
@@ -118,26 +107,11 @@ def _append(
             *(q, k, k_cache, cache_seqlens, cache_batch_idx, cache_leftpad, page_table),
             *(cu_seqlens_q, cu_seqlens_k_new, seqused_q, window_size, attention_chunk),
         )
-        if requires_grad(k, v, rotary_cos, rotary_sin):
-            q, k, v, rotary_cos, rotary_sin = severed(
-                "flash_attn_with_kvcache", q, k, v, rotary_cos, rotary_sin
-            )
-            assert k is not None
-        if rotary_cos is not None:
-            first = cache_seqlens if rotary_seqlens is None else rotary_seqlens
-            # Without a causal or local mask all rows of q count as the first new position.
-            advance = causal or max(window_size) >= 0 or attention_chunk > 0
-            tables = (rotary_cos, rotary_sin, first)
-            q = ops.apply_rotary(q, *tables, cu_seqlens_q, rotary_interleaved, advance)
-            if not devices.of(q.device).append_rotates:
-                k = ops.apply_rotary(k, *tables, cu_seqlens_k_new, rotary_interleaved)
-                rotary_cos = rotary_sin = rotary_seqlens = None
-        ops.kvcache_append_(
-            *(k, v, k_cache, v_cache, cache_seqlens, cache_batch_idx, page_table),
+        advance = causal or max(window_size) >= 0 or attention_chunk > 0
+        q, cache_seqlens = _write(
+            *(q, k, v, k_cache, v_cache, cache_seqlens, cache_batch_idx, page_table, cu_seqlens_q),
             *(cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved),
-        )
-        cache_seqlens = cache_seqlens + (
-            k.shape[1] if cu_seqlens_k_new is None else cu_seqlens_k_new.diff()
+            advance,
         )
     return (
         *(q, k_cache, v_cache, qv, cache_seqlens, cache_batch_idx, cache_leftpad, page_table),
@@ -145,6 +119,47 @@ def _append(
         *(causal, window_size, attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa),
         *(sm_margin, alibi_slopes, sinks),
     )
+
+
+def _write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    cache_batch_idx: Tensor | None,
+    page_table: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k_new: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    rotary_seqlens: Tensor | None,
+    rotary_interleaved: bool,
+    advance: bool,
+) -> tuple[Tensor, Tensor]:
+    """Appends k and v; returns q rotated and the lengths afterwards. Without `advance`, as it is
+    without a causal or local mask, all rows of q count as the first new position."""
+    if requires_grad(k, v, rotary_cos, rotary_sin):
+        q, k, v, rotary_cos, rotary_sin = severed(
+            "flash_attn_with_kvcache", q, k, v, rotary_cos, rotary_sin
+        )
+    if rotary_cos is not None:
+        tables = (
+            rotary_cos,
+            rotary_sin,
+            cache_seqlens if rotary_seqlens is None else rotary_seqlens,
+        )
+        q = ops.apply_rotary(q, *tables, cu_seqlens_q, rotary_interleaved, advance)
+        if not devices.of(q.device).append_rotates:
+            k = ops.apply_rotary(k, *tables, cu_seqlens_k_new, rotary_interleaved)
+            rotary_cos = rotary_sin = rotary_seqlens = None
+    ops.kvcache_append_(
+        *(k, v, k_cache, v_cache, cache_seqlens, cache_batch_idx, page_table),
+        *(cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved),
+    )
+    new = k.shape[1] if cu_seqlens_k_new is None else cu_seqlens_k_new.diff()
+    return q, cache_seqlens + new
 
 
 def flash_attn_with_kvcache(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

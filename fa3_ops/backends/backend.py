@@ -45,6 +45,7 @@ class Backend(Generic[AnyRequest]):
     name: str
     reads_lengths = False  # the host reads lengths, and waits for the device, before it is asked
     capturable = True  # a graph may record it: it neither waits nor tiles by what tensors hold
+    takes_empty = False  # requests without anything to compute, which are answered without it
     bitwise = False  # it keeps the contract of docs/design.md
 
     def not_supported_reasons(self, request: AnyRequest, run: Run) -> list[str]:

@@ -23,6 +23,7 @@ class Compiled(Backend[Request]):
 
     name = "cpu"
     bitwise = True
+    takes_empty = True
 
     def launch(self, request: Request, lowered: Request, run: Run) -> Any:
         assert run.compiled is not None

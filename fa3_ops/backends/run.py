@@ -51,10 +51,12 @@ def choose(request: Request, compiled: Callable[[], Any] | None = None) -> Choic
     device = devices.of(request.device)
     capturing = device.capturing(request.device)
     run = Run(request, device, capturing, host_may_wait=not capturing, compiled=compiled)
-    if request.is_empty and device.key is not None:  # compiled kernels see for themselves
+    if request.is_empty and device.key is not None:
         return Choice(request, request, request, Nothing(), {}, run)
     prepared: Any = device.prepare(request, run) if isinstance(request, Attention) else request
     backend, refusals = choice.select(prepared, run)
+    if request.is_empty and not backend.takes_empty:
+        backend = Nothing()
     lowered = backend.lower(prepared, run)
     if isinstance(request, Attention) and request.sinks is not None and prepared.sinks is None:
         run.note("sinks rescale the result by its softmax_lse")

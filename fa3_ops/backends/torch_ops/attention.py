@@ -10,7 +10,14 @@ from torch import Tensor
 
 from fa3_ops.backends.backend import Backend, Run
 from fa3_ops.backends.call import Attention, Gradient
-from fa3_ops.backends.lowering.keys import gather_keys, keys_in_use
+from fa3_ops.backends.lowering.completion import count_sinks
+from fa3_ops.backends.lowering.fp8 import dequantise_fp8
+from fa3_ops.backends.lowering.keys import (
+    gather_keys,
+    keys_in_use,
+    select_table_rows,
+    without_hidden_pages,
+)
 from fa3_ops.backends.lowering.rows import sequence_of_row
 
 MASKED = -1e30  # instead of -inf, which makes NaN of a row that sees no key
@@ -24,7 +31,8 @@ class TorchAttention(Backend[Attention]):
         return ["dtype torch.float64"] if request.q.dtype == torch.float64 else []
 
     def lower(self, request: Attention, run: Run) -> Attention:
-        return dense_keys(request, run)
+        call = without_hidden_pages(select_table_rows(request, run))
+        return dense_keys(dequantise_fp8(call, run), run)
 
     def launch(self, request: Attention, lowered: Attention, run: Run) -> tuple[Tensor, Tensor]:
         rows = PaddedRows(lowered)
@@ -34,9 +42,11 @@ class TorchAttention(Backend[Attention]):
         out = torch.matmul(weights, s.values)
         blind = ~s.seen.any(-1)
         lse = lse.masked_fill(blind, NO_KEY)
-        out = rows.unpad(out.transpose(1, 2), 0.0).to(lowered.q.dtype)
+        out = rows.unpad(out.transpose(1, 2), 0.0)
         softmax_lse = rows.unpad(lse.transpose(1, 2), NO_KEY).transpose(-1, -2)
-        return out.contiguous(), softmax_lse.contiguous()
+        if lowered.sinks is not None:
+            out, softmax_lse = count_sinks(out, softmax_lse, lowered.sinks)
+        return out.to(lowered.q.dtype).contiguous(), softmax_lse.contiguous()
 
 
 class TorchGradient(Backend[Gradient]):

@@ -33,11 +33,10 @@ void check(bool ok, const char* kernel, const char* what, int64_t bytes, int64_t
 template <class Run>
 void check_end(const char* kernel, int64_t planned, const Run& run) {
   constexpr char kUntouched = 0x5a;
-  std::vector<char> memory(planned + 65536);
-  char* const end = memory.data() + memory.size();
-  char* const at = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
   for (const int64_t bytes : {planned, planned - 64, planned / 2, int64_t(64), int64_t(0)}) {
-    std::fill(at, end, kUntouched);
+    std::vector<char> memory(planned + 65536, kUntouched);
+    char* const end = memory.data() + memory.size();
+    char* const at = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64);
     bool refused = false;
     try {
       run(Memory{at, bytes});

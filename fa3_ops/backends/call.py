@@ -53,6 +53,12 @@ def _pairs(kind: Any, op: Any) -> tuple[tuple[str, str], ...]:
     return tuple((field, name) for field, name in pairs if field in wanted)
 
 
+def sides_of(window_size: Sequence[int], causal: bool) -> tuple[int, int]:
+    """How many keys a row of q sees to the left and to the right of its own; -1: all of them."""
+    left, right = window_size
+    return max(left, -1), 0 if causal else max(right, -1)
+
+
 @dataclass(frozen=True, eq=False)
 class Attention(Request):
     """What flash_attn_func, flash_attn_varlen_func and flash_attn_kvcache have in common.
@@ -95,8 +101,7 @@ class Attention(Request):
     is_cache: bool = False  # k and v live on; a copy of them is never free
 
     def __post_init__(self) -> None:
-        left, right = self.window_size
-        left, right = max(left, -1), 0 if self.causal else max(right, -1)
+        left, right = sides_of(self.window_size, self.causal)
         set_field = functools.partial(object.__setattr__, self)
         set_field("window_size", (left, right))
         set_field("causal", left < 0 and right == 0)

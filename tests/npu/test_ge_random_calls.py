@@ -19,7 +19,6 @@ from strategies import cumulative, poison
 from torch import Tensor
 
 from fa3_ops.backends.npu.capabilities import fused_limits
-from fa3_ops.backends.npu.fused_infer_attention import BAND_HEADDIM_V
 
 ops = torch.ops.fa3npu
 CAPACITY = 128  # keys of a sequence in a cache
@@ -55,7 +54,7 @@ def structures(draw: Any) -> Structure:
     as_packed = packed or (rows == 1 and window[0] >= 0)
     equal = st.sampled_from([16, 48, 64, 128]).map(lambda d: (d, d))
     causal = draw(st.booleans())
-    of_band = {d for d in fused_limits().headdims if d[1] == BAND_HEADDIM_V}
+    of_band = {d for d in fused_limits().headdims if d[1] == fused_limits().band_headdim_v}
     of_packed = fused_limits().headdims if causal and window[0] < 0 else of_band
     headdims = draw(st.sampled_from(sorted(of_packed)) if as_packed else equal)
     sizes = [0, 128] if rows > 1 and not packed else [0, 16, 64, 128]

@@ -13,6 +13,17 @@ from fa3_ops.backends.npu.device import Kernel
 
 
 @dataclass(frozen=True)
+class Calling:
+    """How one build wants to be called."""
+
+    paged_only: bool = False  # takes no keys without seqused_k, and no dense cache as it is
+    lists_keys: bool = False  # wants seqused_k, of which none may be 0, and rows of every sequence
+    relative_cu_seqlens: bool = False  # counts rows of q from cu_seqlens_q[0]
+    token_major_lse: bool = False  # (total_q, nheads) and (batch_size, seqlen_q, nheads)
+    asks_for_lse: bool = False  # has an argument return_softmax_lse
+
+
+@dataclass(frozen=True)
 class Capabilities:
     """What one build of the kernel computes right, after the lowering."""
 
@@ -24,14 +35,13 @@ class Capabilities:
     window: bool = True
     window_of_few_rows: bool = True  # packed, over 1024 keys or more, which flash-decode splits
     softcap: bool = True
-    paged_only: bool = False  # takes no keys without seqused_k, and no dense cache as it is
-    lists_keys: bool = False  # wants seqused_k, of which none may be 0, and rows of every sequence
     max_num_splits: int = 20  # AI cores of the smallest 910B
     metadata: bool = False
     backward: bool = False
     backward_window: bool = True
     backward_deterministic_packed: bool = True
     dtypes: Collection[torch.dtype] = (torch.float16, torch.bfloat16)
+    calling: Calling = Calling()
 
 
 PAGES_910 = range(1, 1025)
@@ -54,19 +64,19 @@ ASCEND_910_BEFORE_0_3 = Capabilities(
     causal_of_few_keys=False,
     window=False,
     softcap=False,
-    paged_only=True,
     max_num_splits=1,
+    calling=Calling(paged_only=True, relative_cu_seqlens=True, token_major_lse=True),
 )
 ASCEND_950 = Capabilities(
     "on 950",
     page_sizes=(128, 256, 512, 1024),
     headdims=HEADDIMS_910,
     headdim_v_differs=True,
-    lists_keys=True,
     max_num_splits=1,
     backward=True,
     backward_window=False,
     backward_deterministic_packed=False,
+    calling=Calling(lists_keys=True, relative_cu_seqlens=True, asks_for_lse=True),
 )
 
 
@@ -85,9 +95,9 @@ def splits(num_splits: int, can_split: bool, found: Kernel) -> int:
 
 @dataclass(frozen=True)
 class FusedLimits:
-    """What a release of CANN documents for npu_fused_infer_attention_score (FIA) in layout TND, in
-    which packed q goes: docs/*/torch_npu-npu_fused_infer_attention_score.md of op-plugin's branch
-    for that release. The limits of other layouts have not changed since 8.2."""
+    """What a release of CANN documents for npu_fused_infer_attention_score (FIA) on Atlas A2 and
+    A3: docs/*/torch_npu-npu_fused_infer_attention_score.md of op-plugin's branch for that release.
+    What differs is about layout TND, in which packed q goes."""
 
     name: str
     dtypes: Collection[torch.dtype]
@@ -97,6 +107,22 @@ class FusedLimits:
     causal_of_few_keys: bool  # fewer than rows of q, under sparse_mode 3
     latent: bool  # qv, with any mask, in any layout
     equal_heads: Collection[int] = ()  # numbers of heads, where nheads_k has to be nheads
+    # In layout TND sparse_mode 0 without a mask is reported to give a uniform average without a
+    # word (vllm-ascend #13699): a band without ends stands for it, which takes this headdim_v alone
+    # (CANN's prompt_flash_attention_tiling.cpp).
+    band_headdim_v: int = 128
+    max_packed_sequences: int = 4096
+
+    # The same in every release, and but for the first two in every layout.
+    dense_dtypes: Collection[torch.dtype] = (torch.float16, torch.bfloat16)
+    dense_headdims: range = range(16, 513, 16)
+    max_heads: int = 256
+    max_group: int = 64
+    max_token: int = 65535  # nheads_k * headdim
+    max_elements: int = 2**31 - 1  # of k or v, with all pages
+    max_decode_keys: int = 262144
+    decode_pages: range = range(16, 513, 16)
+    prefill_pages: range = range(128, 513, 128)
 
 
 CANN_8_2 = FusedLimits(  # branch 7.1.0

@@ -75,16 +75,6 @@ class Kernel:
     module: ModuleType
     is_950: bool
 
-    @property
-    def relative_cu_seqlens(self) -> bool:
-        """Releases before 0.3, and those for 950, count rows of q from cu_seqlens_q[0]."""
-        return self.version < (0, 3) or self.is_950
-
-    @property
-    def token_major_lse(self) -> bool:
-        """(total_q, nheads) and (batch_size, seqlen_q, nheads) before 0.3."""
-        return self.version < (0, 3)
-
 
 def _version() -> tuple[int, ...]:
     numbers = importlib.metadata.version("flash_attn_npu").split("+")[0].split(".")[:2]

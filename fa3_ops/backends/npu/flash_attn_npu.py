@@ -154,26 +154,27 @@ def lower(call: Attention, run: Run, can: Capabilities) -> Attention:
     lengths = run.lengths
     call = rows.pad_headdim(call, run, can.headdims, equal=not can.headdim_v_differs)
     all_have_rows = lengths is not None and all(lengths.seqlens_q) and call.seqused_q is None
-    drops = can.lists_keys and not all_have_rows
+    drops = can.calling.lists_keys and not all_have_rows
     empty = call.cu_seqlens_k is not None and not (lengths and lengths.plain)
     # Metadata is made for one page size, and for as many of them as the page table has.
     sizes = can.page_sizes if call.scheduler_metadata is None else (call.k.shape[1],)
-    call = keys.as_pages(call, run, sizes, force=can.paged_only or empty or drops)
+    call = keys.as_pages(call, run, sizes, force=can.calling.paged_only or empty or drops)
     call = rows.split_unused_rows(call, run)
     if drops and call.cu_seqlens_q is not None:
         call = rows.drop_empty_sequences(call, run)
-    if can.lists_keys:
+    if can.calling.lists_keys:
         call = replace(call, seqused_k=keys.keys_in_use(call))
     return replace(keys.bound(call), q=call.q.contiguous())
 
 
 def launch(call: Attention, found: Kernel, lengths: Lengths | None) -> tuple[Tensor, Tensor]:
     """The raw kernel; its LSE is (batch_size, nheads, seqlen_q) or (nheads, total_q)."""
+    calling = capabilities(found).calling
     q, cu_seqlens_q = call.q, call.cu_seqlens_q
     out = torch.empty((*q.shape[:-1], call.headdim_v), dtype=q.dtype, device=q.device)
     into = out
     first = lengths.cu_seqlens_q[0] if lengths is not None and lengths.cu_seqlens_q else 0
-    if found.relative_cu_seqlens and first > 0 and cu_seqlens_q is not None:
+    if calling.relative_cu_seqlens and first > 0 and cu_seqlens_q is not None:
         q, into, cu_seqlens_q = q[first:], out[first:], cu_seqlens_q - first
     left, right = (-1, -1) if call.causal else call.window_size
     can_split = call.page_table is not None and cu_seqlens_q is not None
@@ -214,10 +215,10 @@ def launch(call: Attention, found: Kernel, lengths: Lengths | None) -> tuple[Ten
         splits(call.num_splits, can_split, found),
         None,  # pack_gqa
         0,  # sm_margin
-        *((True,) if found.is_950 else ()),  # return_softmax_lse
+        *((True,) if calling.asks_for_lse else ()),  # return_softmax_lse
     )
     softmax_lse: Tensor = result[1]
-    if found.token_major_lse:
+    if calling.token_major_lse:
         softmax_lse = softmax_lse.transpose(-1, -2).contiguous()
     elif cu_seqlens_q is not None and not (lengths is not None and lengths.plain):
         softmax_lse = by_total_q(softmax_lse, cu_seqlens_q)

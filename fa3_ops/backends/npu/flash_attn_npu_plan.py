@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fa3_ops.backends.backend import Backend, Run
-from fa3_ops.backends.call import Attention, Plan
+from fa3_ops.backends.call import Attention, Plan, sides_of
 from fa3_ops.backends.lowering.lengths import Lengths
 from fa3_ops.backends.npu import device
 from fa3_ops.backends.npu.capabilities import capabilities, splits
@@ -65,7 +65,7 @@ class FlashAttnNpuPlan(Backend[Plan]):
             headdim_v(request),
             page_size,
             request.qkv_dtype,
-            *window(request),
+            *sides_of(request.window_size, request.causal),
             request.softcap,
             softmax_scale(request),
             max(request.num_splits, 1),
@@ -87,11 +87,6 @@ def num_pages(request: Plan) -> int:
     return 0 if request.page_size is None else -(-request.max_seqlen_k // request.page_size)
 
 
-def window(request: Plan) -> tuple[int, int]:
-    left, right = request.window_size
-    return max(left, -1), 0 if request.causal else max(right, -1)
-
-
 def capacity(request: Plan) -> int:
     """The bound that the call derives from its page table."""
     return num_pages(request) * (request.page_size or 0)
@@ -109,7 +104,7 @@ def seqlens_of_call(request: Plan) -> Tensor:
 
 def made_by(found: Kernel, request: Plan, seqlens_k: Tensor) -> Tensor:
     make_mask(seqlens_k.device)
-    left, right = window(request)
+    left, right = sides_of(request.window_size, request.causal)
     causal = (left, right) == (-1, 0)
     cu_seqlens_q = request.cu_seqlens_q
     made: Tensor = found.module.get_scheduler_metadata(

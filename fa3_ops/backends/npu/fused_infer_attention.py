@@ -16,18 +16,8 @@ from fa3_ops.backends.lowering.completion import blind_rows, clear
 from fa3_ops.backends.lowering.lengths import read
 from fa3_ops.backends.npu.capabilities import FusedLimits, fused_limits
 
-DTYPES = (torch.float16, torch.bfloat16)
-MAX_HEADDIM, MAX_HEADS, MAX_GROUP = 512, 256, 64
-MAX_TOKEN, MAX_ELEMENTS = 65535, 2**31 - 1  # nheads_k * headdim, and all of a paged k or v
-MAX_DECODE_KEYS, MAX_PACKED_SEQUENCES = 262144, 4096
-DECODE_PAGES = range(16, 513, 16)
-PREFILL_PAGES = range(128, 513, 128)
 CAUSAL, BAND = 3, 4  # sparse_mode
-# In layout TND sparse_mode 0 without a mask is reported to give a uniform average without a word
-# (vllm-ascend #13699): a band without ends stands for it, which takes headdim_v 128 (CANN's
-# prompt_flash_attention_tiling.cpp). Its kernel adds lengths to the ends in 32 bits.
-BAND_HEADDIM_V = 128
-FAR = 2**30
+FAR = 2**30  # its kernel adds lengths to the ends of a band in 32 bits
 
 
 def is_packed(call: Attention) -> bool:
@@ -36,9 +26,10 @@ def is_packed(call: Attention) -> bool:
 
 
 def page_sizes(call: Attention) -> range:
+    can = fused_limits()
     if is_packed(call):
-        return fused_limits().page_sizes
-    return DECODE_PAGES if call.seqlen_q == 1 else PREFILL_PAGES
+        return can.page_sizes
+    return can.decode_pages if call.seqlen_q == 1 else can.prefill_pages
 
 
 def packed_reasons(call: Attention, seqlens: list[tuple[int, int]], can: FusedLimits) -> list[str]:
@@ -63,8 +54,8 @@ def packed_reasons(call: Attention, seqlens: list[tuple[int, int]], can: FusedLi
         and any(q > k for q, k in seqlens),
         "packed q without a causal mask": not call.causal and not can.band,
         f"{width} of packed q without a causal mask": not call.causal
-        and call.headdim_v != BAND_HEADDIM_V,
-        f"{call.batch_size} packed sequences": sequences > MAX_PACKED_SEQUENCES,
+        and call.headdim_v != can.band_headdim_v,
+        f"{call.batch_size} packed sequences": sequences > can.max_packed_sequences,
     }
     return [f"{reason} ({can.name})" for reason, given in reasons.items() if given]
 
@@ -119,24 +110,24 @@ class FusedInferAttention(Backend[Attention]):
 
 def size_reasons(call: Attention, seqlens: list[tuple[int, int]]) -> list[str]:
     """Why the operator does not take tensors of these dtypes and sizes."""
-    reasons = []
+    reasons, can = [], fused_limits()
     d, d_v = call.headdim, call.headdim_v
     packed = is_packed(call)
-    if call.q.dtype not in DTYPES:
+    if call.q.dtype not in can.dense_dtypes:
         reasons.append(f"dtype {call.q.dtype}")
     elif packed:
-        reasons += packed_reasons(call, seqlens, fused_limits())
-    elif d != d_v or d % 16 or d > MAX_HEADDIM:
+        reasons += packed_reasons(call, seqlens, can)
+    elif d != d_v or d not in can.dense_headdims:
         reasons.append(f"headdim {d} and headdim_v {d_v}")
-    if call.nheads > MAX_HEADS or call.nheads > MAX_GROUP * call.nheads_k:
+    if call.nheads > can.max_heads or call.nheads > can.max_group * call.nheads_k:
         reasons.append(f"nheads {call.nheads} of nheads_k {call.nheads_k}")
-    if call.nheads_k * max(d, d_v) > MAX_TOKEN:
+    if call.nheads_k * max(d, d_v) > can.max_token:
         reasons.append(f"nheads_k {call.nheads_k} of {max(d, d_v)}")
-    if max(call.k.numel(), call.v.numel()) > MAX_ELEMENTS:
+    if max(call.k.numel(), call.v.numel()) > can.max_elements:
         reasons.append(f"{call.k.numel()} elements of k")
     decodes = not packed and call.seqlen_q == 1
-    if decodes and any(k > MAX_DECODE_KEYS for _, k in seqlens):
-        reasons.append(f"more than {MAX_DECODE_KEYS} keys of one row of q")
+    if decodes and any(k > can.max_decode_keys for _, k in seqlens):
+        reasons.append(f"more than {can.max_decode_keys} keys of one row of q")
     return reasons
 
 

@@ -15,20 +15,9 @@ from torchair._ge_concrete_graph import ge_apis as ge
 from torchair.ge import DataType
 from torchair.ge._ge_graph import get_default_ge_graph
 
+from fa3_ops.backends.call import sides_of
 from fa3_ops.backends.npu.capabilities import FusedLimits, fused_limits
-from fa3_ops.backends.npu.fused_infer_attention import (
-    BAND,
-    BAND_HEADDIM_V,
-    CAUSAL,
-    DECODE_PAGES,
-    DTYPES,
-    FAR,
-    MAX_GROUP,
-    MAX_HEADDIM,
-    MAX_HEADS,
-    MAX_TOKEN,
-    PREFILL_PAGES,
-)
+from fa3_ops.backends.npu.fused_infer_attention import BAND, CAUSAL, FAR
 from fa3_ops.backends.npu.ge.graph import (
     GeTensor,
     Value,
@@ -54,8 +43,7 @@ def attention(a: SimpleNamespace) -> tuple[GeTensor, GeTensor]:
     """a holds the arguments of flash_attn_varlen_func and flash_attn_kvcache under their names
     there, k and seqused_k also for k_cache and cache_seqlens."""
     check_arguments(a)
-    a.left, a.right = (max(side, -1) for side in a.window_size)
-    a.right = 0 if a.causal else a.right
+    a.left, a.right = sides_of(a.window_size, a.causal)
     a.nheads, a.headdim = static(a.q, -2), static(a.q, -1)
     a.nheads_k, a.headdim_v = static(a.k, -2), static(a.v, -1)
     a.dense = a.q.rank == 4
@@ -82,7 +70,7 @@ def attention(a: SimpleNamespace) -> tuple[GeTensor, GeTensor]:
 
 
 def check_dtype(name: str, x: GeTensor) -> None:
-    if x.meta.dtype not in DTYPES:
+    if x.meta.dtype not in fused_limits().dense_dtypes:
         refuse(f"dtype {x.meta.dtype} of {name}", "it takes float16 and bfloat16")
 
 
@@ -108,31 +96,32 @@ def check_arguments(a: SimpleNamespace) -> None:
 def check_sizes(a: SimpleNamespace) -> None:
     sizes = f"headdim {a.headdim} and headdim_v {a.headdim_v}"
     heads = f"nheads {a.nheads} and nheads_k {a.nheads_k}"
-    equal = a.headdim == a.headdim_v and a.headdim % 16 == 0 and a.headdim <= MAX_HEADDIM
+    can = fused_limits()
+    equal = a.headdim == a.headdim_v and a.headdim in can.dense_headdims
     if a.qv is not None:
-        if not fused_limits().latent:
-            refuse("qv", f"{fused_limits().name} takes it with some masks only")
+        if not can.latent:
+            refuse("qv", f"{can.name} takes it with some masks only")
         latent = (a.headdim, a.headdim_v, a.nheads_k) == (64, 512, 1)
         if not latent or a.nheads not in MLA_HEADS:
-            can = "it takes 64, 512, a power of two up to 128, and 1"
-            refuse(f"qv with {sizes}, {heads}", can)
+            takes = "it takes 64, 512, a power of two up to 128, and 1"
+            refuse(f"qv with {sizes}, {heads}", takes)
     elif a.layout == "TND":
-        check_packed_sizes(a, fused_limits())
+        check_packed_sizes(a, can)
     elif not equal:
-        refuse(sizes, f"they must be equal, multiples of 16 and at most {MAX_HEADDIM}")
-    if a.nheads > MAX_HEADS or (a.qv is None and a.nheads > MAX_GROUP * a.nheads_k):
-        refuse(heads, f"nheads must be at most {MAX_HEADS} and {MAX_GROUP} times nheads_k")
-    if a.nheads_k * max(a.headdim, a.headdim_v) > MAX_TOKEN:
-        refuse(f"{heads} with {sizes}", f"nheads_k times headdim must be at most {MAX_TOKEN}")
+        refuse(sizes, f"they must be equal, multiples of 16 and at most {can.dense_headdims[-1]}")
+    if a.nheads > can.max_heads or (a.qv is None and a.nheads > can.max_group * a.nheads_k):
+        refuse(heads, f"nheads must be at most {can.max_heads} and {can.max_group} times nheads_k")
+    if a.nheads_k * max(a.headdim, a.headdim_v) > can.max_token:
+        refuse(f"{heads} with {sizes}", f"nheads_k times headdim must be at most {can.max_token}")
     packed = a.layout == "TND" or a.qv is not None
-    page_sizes = DECODE_PAGES if a.one_row else PREFILL_PAGES
+    page_sizes = can.decode_pages if a.one_row else can.prefill_pages
     if packed:
-        page_sizes = fused_limits().page_sizes
+        page_sizes = can.page_sizes
     if a.page_size and a.page_size not in page_sizes:
-        can = "it takes no pages of packed q"
+        takes = "it takes no pages of packed q"
         if page_sizes:
-            can = f"it takes multiples of {page_sizes.step} up to {page_sizes[-1]}"
-        refuse(f"page_size {a.page_size} in this call", can)
+            takes = f"it takes multiples of {page_sizes.step} up to {page_sizes[-1]}"
+        refuse(f"page_size {a.page_size} in this call", takes)
 
 
 def check_packed_sizes(a: SimpleNamespace, can: FusedLimits) -> None:
@@ -147,8 +136,8 @@ def check_packed_sizes(a: SimpleNamespace, can: FusedLimits) -> None:
     if can.equal_heads and not (a.nheads == a.nheads_k and a.nheads in can.equal_heads):
         refuse(f"{heads} of packed q", f"{can.name} takes equal ones, {can.equal_heads}")
     causal = a.left < 0 and a.right == 0
-    if not causal and not (can.band and a.headdim_v == BAND_HEADDIM_V):
-        takes = f"headdim_v must be {BAND_HEADDIM_V}" if can.band else f"{can.name} has no band"
+    if not causal and not (can.band and a.headdim_v == can.band_headdim_v):
+        takes = f"headdim_v must be {can.band_headdim_v}" if can.band else f"{can.name} has no band"
         refuse(f"{sizes} of packed q without a causal mask", takes)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -317,3 +319,33 @@ def test_wrong_types_are_named(inputs: Any, change: Any, text: str) -> None:
     with pytest.raises(RuntimeError, match=r"fa3npu::flash_attn_with_kvcache\(\) Expected a value"):
         ops.flash_attn_with_kvcache(**call, **change)
     assert torch.equal(call["k_cache"], before)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DispatchKeySet",
+        "_AutoDispatchBelowAutograd",
+        "_dispatch_tls_local_include_set",
+        "_is_any_autocast_enabled",
+        "_is_torch_function_mode_enabled",
+    ],
+)
+def test_a_pytorch_without_what_tells_a_plain_call_gets_it_the_ordinary_way(name: str) -> None:
+    code = f"""
+import torch
+import fa3_ops
+from fa3_ops.ops import direct
+import importlib
+q = torch.randn(1, 2, 2, 16)
+want = fa3_ops.flash_attn_func(q, q, q)
+arguments = (q, q, q, {", ".join(map(repr, DEFAULTS))})
+op = torch.ops.fa3npu.flash_attn_func
+assert direct.only_the_kernel_sees(op, arguments)
+delattr(torch._C, {name!r})
+importlib.reload(direct)
+assert not direct.only_the_kernel_sees(op, arguments)
+with torch.inference_mode():  # which needs nothing of it
+    assert torch.equal(direct.call(op, None, arguments)[0], want)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

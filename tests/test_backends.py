@@ -349,6 +349,12 @@ class TestExplanation:
         self.check(kind, name, refuses, run)
 
 
+def test_who_promises_bits_says_so() -> None:
+    assert fa3_ops.explain(fa3_ops.flash_attn_with_kvcache, **appending(1)).bitwise
+    with fa3_ops.use_backend("torch"):
+        assert not fa3_ops.explain(fa3_ops.flash_attn_func, **dense()).bitwise
+
+
 def test_without_a_wish_calls_go_to_the_kernels_alone() -> None:
     assert choice.asked_for() is None
     with launches("cpu") as launched:

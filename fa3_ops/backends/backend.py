@@ -46,12 +46,15 @@ class Backend(Generic[AnyRequest]):
     reads_lengths = False  # the host reads lengths, and waits for the device, before it is asked
     capturable = True  # a graph may record it: it neither waits nor tiles by what tensors hold
     takes_empty = False  # requests without anything to compute, which are answered without it
-    bitwise = False  # it keeps the contract of docs/design.md
 
     def not_supported_reasons(self, request: AnyRequest, run: Run) -> list[str]:
         """Why it cannot serve the request; empty if it can. Looks at shapes and dtypes, and at
         run.lengths where they are there."""
         return []
+
+    def is_bitwise(self, request: AnyRequest, run: Run) -> bool:
+        """Whether it serves the request under the bitwise contract of docs/design.md."""
+        return False
 
     def lower(self, request: AnyRequest, run: Run) -> Any:
         """The request as its kernel takes it. May compute; writes nothing that the caller has."""

@@ -22,8 +22,10 @@ class Compiled(Backend[Request]):
     """Serves everything."""
 
     name = "cpu"
-    bitwise = True
     takes_empty = True
+
+    def is_bitwise(self, request: Request, run: Run) -> bool:
+        return True
 
     def launch(self, request: Request, lowered: Request, run: Run) -> Any:
         assert run.compiled is not None

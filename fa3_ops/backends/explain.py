@@ -24,6 +24,7 @@ class Step:
     backend: str
     refusals: dict[str, list[str]] = field(default_factory=dict)  # of the backends before it
     notes: list[str] = field(default_factory=list)  # how the call is lowered for the backend
+    bitwise: bool = False  # under the bitwise contract of docs/design.md
 
     def __str__(self) -> str:
         lines = [f"{self.operator}: {self.backend}"]
@@ -43,6 +44,11 @@ class Explanation:
     def backend(self) -> str:
         """The backend of the attention itself, the last step."""
         return self.steps[-1].backend
+
+    @property
+    def bitwise(self) -> bool:
+        """Whether every step is served under the bitwise contract."""
+        return all(step.bitwise for step in self.steps)
 
 
 def explain(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Explanation:
@@ -78,7 +84,13 @@ class _Recorder(TorchDispatchMode):
         request = request_of(func, args, kwargs)
         if devices.of(request.device).backends:
             chosen = choose(request)
-            step = Step(name_of(func), chosen.backend.name, chosen.refusals, chosen.run.notes)
+            step = Step(
+                name_of(func),
+                chosen.backend.name,
+                chosen.refusals,
+                chosen.run.notes,
+                chosen.backend.is_bitwise(chosen.prepared, chosen.run),
+            )
         else:
             step = Step(name_of(func), request.device.type)
         self.steps.append(step)

@@ -22,6 +22,9 @@ class Nothing(Backend[Request]):
 
     name = "nothing"
 
+    def is_bitwise(self, request: Request, run: Run) -> bool:
+        return True
+
     def launch(self, request: Request, lowered: Request, run: Run) -> Any:
         return request.empty_results()
 

@@ -102,6 +102,22 @@ flash_attn_kvcache: flash_attn_npu
         self.assertExpectedInline(text, """flash_attn_kvcache: cpu""")
 
 
+@pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
+@pytest.mark.parametrize(
+    ("change", "bitwise"),
+    [
+        ({}, True),
+        ({"num_splits": 2}, False),
+        ({"sinks": rand(8)}, False),
+        ({"attention_chunk": 8}, False),
+    ],
+    ids=str,
+)
+def test_bits_are_promised_where_they_are(change: dict[str, Any], bitwise: bool) -> None:
+    call = to_npu(decode() | change)
+    assert fa3_ops.explain(fa3_ops.flash_attn_with_kvcache, **call).bitwise == bitwise
+
+
 def test_a_fallback_warns_once_with_the_reasons() -> None:
     call = to_npu(decode() | {"attention_chunk": 64})
 

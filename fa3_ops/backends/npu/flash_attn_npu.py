@@ -132,6 +132,12 @@ class FlashAttnNpu(Backend[Attention]):
         reasons = not_supported(request, run.lengths.pairs if run.lengths else [], can)
         return reasons + capture_reasons(request, can) if run.capturing else reasons
 
+    def is_bitwise(self, request: Attention, run: Run) -> bool:
+        """Of splits and of sinks, which plain torch operators count, docs/npu.md tells."""
+        asked = run.request
+        plain = isinstance(asked, Attention) and asked.sinks is None
+        return plain and request.num_splits <= 1 and not device.found_kernel().is_950
+
     def lower(self, request: Attention, run: Run) -> Attention:
         return lower(request, run, capabilities(device.found_kernel()))
 

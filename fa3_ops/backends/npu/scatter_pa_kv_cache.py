@@ -21,6 +21,9 @@ class ScatterPaKvCache(Backend[Append]):
             reasons.append("the cache is strided")
         return reasons
 
+    def is_bitwise(self, request: Append, run: Run) -> bool:
+        return request.rotary_cos is None  # then it copies
+
     def lower(self, request: Append, run: Run) -> SlotWrites:
         return slot_writes(request, run)
 

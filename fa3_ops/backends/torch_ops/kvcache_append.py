@@ -13,6 +13,9 @@ from fa3_ops.backends.written import mark_written
 class TorchAppend(Backend[Append]):
     name = "torch"
 
+    def is_bitwise(self, request: Append, run: Run) -> bool:
+        return request.rotary_cos is None  # then it copies
+
     def lower(self, request: Append, run: Run) -> SlotWrites:
         return slot_writes(request, run)
 

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -46,27 +47,21 @@ ops = torch.ops.fa3npu
 
 
 class Toy(Backend[Attention]):
-    """Dense attention by softmax over all scores: what "Adding a backend" in docs/design.md shows."""
+    """Dense attention without a mask, by a softmax over all scores."""
 
     name = "toy"
+    serves = ("q", "k", "v", "softmax_scale")
 
     def not_supported_reasons(self, request: Attention, run: Run) -> list[str]:
-        plain = Attention(request.q, request.k, request.v, softmax_scale=request.softmax_scale)
-        return [
-            name
-            for name in (*vars(plain),)
-            if getattr(request, name) is not getattr(plain, name)
-            and getattr(request, name) != getattr(plain, name)
-        ]
+        others = (field for field in fields(request) if field.name not in self.serves)
+        return [f.name for f in others if getattr(request, f.name) != f.default]
 
     def launch(self, request: Attention, lowered: Attention, run: Run) -> tuple[Tensor, Tensor]:
         q, k, v = (x.transpose(1, 2).double() for x in (lowered.q, lowered.k, lowered.v))
-        group = lowered.nheads // lowered.nheads_k
-        k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        k, v = (x.repeat_interleave(lowered.nheads // lowered.nheads_k, dim=1) for x in (k, v))
         scores = q @ k.transpose(-1, -2) * lowered.softmax_scale
-        out = scores.softmax(-1) @ v
-        lse = scores.logsumexp(-1).float()
-        return out.transpose(1, 2).to(lowered.q.dtype).contiguous(), lse
+        out = (scores.softmax(-1) @ v).transpose(1, 2)
+        return out.to(lowered.q.dtype).contiguous(), scores.logsumexp(-1).float()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What a Python kernel does for the tensors that it writes; as csrc/cpu/written.h."""
+"""What a Python kernel does for the tensors that it writes; as csrc/cpu/ops/written.h."""
 
 from __future__ import annotations
 

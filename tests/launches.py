@@ -7,8 +7,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-import torch
-
 from fa3_ops.backends import Backend, devices
 
 
@@ -27,7 +25,7 @@ def launches(device: str) -> Iterator[list[str]]:
         return noted
 
     with ExitStack() as stack:
-        for backends in devices.of(torch.device(device)).backends.values():
+        for backends in devices.named(device).backends.values():
             for backend in backends:
                 stack.enter_context(mock.patch.object(backend, "launch", spy(backend)))
         yield launched

@@ -164,6 +164,10 @@ class TestFromOutside:
         assert bool((out == 1).all())
         assert out._version > version
 
+    def test_a_device_that_is_none_is_an_error(self) -> None:
+        with pytest.raises(ValueError, match="device must be one of cpu, npu, got cup"):
+            add_backend("cup", Attention, Toy())
+
     def test_who_wants_no_lengths_reads_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def read(request: Any) -> Any:
             raise AssertionError("lengths were read")

@@ -51,7 +51,7 @@ def reasons_against(backend: Backend[Any], request: Request, run: Run) -> list[s
 
 def select(request: Request, run: Run) -> tuple[Backend[Any], dict[str, list[str]]]:
     """The backend that serves, and the reasons of the better ones."""
-    backends = run.device.backends[type(request)]
+    backends = run.device.backends.get(type(request), [])
     name = asked_for()
     if name is not None:
         asked = _by_name(name, request, run, backends)
@@ -65,7 +65,8 @@ def select(request: Request, run: Run) -> tuple[Backend[Any], dict[str, list[str
                 fallback(f"{request.served} by {backend.name}, because {listed(reasons)}")
             return backend, reasons
         reasons[backend.name] = why
-    raise NotImplementedError(f"fa3_ops: no backend can serve the call: {listed(reasons)}")
+    why_not = listed(reasons) or f"{run.device.device_type} has none for it"
+    raise NotImplementedError(f"fa3_ops: no backend can serve the call: {why_not}")
 
 
 def _by_name(
@@ -81,7 +82,7 @@ def _by_name(
         known = ", ".join(run.device.names())
         raise ValueError(f"backend must be one of {known}, got {name}")
     elif isinstance(request, Gradient):
-        attends = any(b.name == name for b in run.device.backends[Attention])
+        attends = any(b.name == name for b in run.device.backends.get(Attention, []))
         why = ["it has no backward"] if attends else []
     else:
         why = []

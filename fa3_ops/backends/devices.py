@@ -66,5 +66,9 @@ def of(device: torch.device) -> Device:
     return _devices.get(device.type) or Device(device.type)
 
 
-def every() -> list[Device]:
-    return list(_devices.values())
+def named(device_type: str) -> Device:
+    """One that was added."""
+    if device_type not in _devices:
+        known = ", ".join(_devices)
+        raise ValueError(f"device must be one of {known}, got {device_type}")
+    return _devices[device_type]

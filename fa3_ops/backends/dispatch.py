@@ -121,12 +121,16 @@ def add_backend(
 ) -> None:
     """Adds a backend for one kind of request on the devices of a type: as the last resort, which
     serves what no other can or who asks for it, or as the first choice."""
-    backends = devices.of(torch.device(device)).backends[kind]
+    found = devices.named(device)
+    backends = found.backends.setdefault(kind, [])
     backends.insert(0 if first else len(backends), backend)
-    intercept()
+    if found.key is None:
+        intercept()
 
 
 def remove_backend(device: str, kind: type[Request], backend: Backend[Any]) -> None:
     """Undoes add_backend."""
-    devices.of(torch.device(device)).backends[kind].remove(backend)
-    release()
+    found = devices.named(device)
+    found.backends[kind].remove(backend)
+    if found.key is None:
+        release()

@@ -251,7 +251,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--output",
         type=Path,
-        help="folder; default docs/benchmarks, or build/benchmarks for a part of the rows",
+        help="folder; default build/benchmarks, or docs/benchmarks/MACHINE for all rows",
+    )
+    parser.add_argument(
+        "--machine",
+        help="what to call this machine, which keeps one report, its newest; without it all rows "
+        "go to build/benchmarks too",
     )
     parser.add_argument(
         "--plots-from",
@@ -268,8 +273,8 @@ def arguments() -> argparse.Namespace:
         chosen.peers.insert(0, "ours")
     partial = chosen.quick or len(chosen.only) < len(GROUPS) or len(chosen.peers) < len(EVERYONE)
     if chosen.output is None:
-        partial = partial and not chosen.plots_from
-        chosen.output = ROOT / ("build/benchmarks" if partial else "docs/benchmarks")
+        kept = chosen.machine and (chosen.plots_from or not partial)
+        chosen.output = ROOT / (f"docs/benchmarks/{chosen.machine}" if kept else "build/benchmarks")
     return chosen
 
 

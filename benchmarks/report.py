@@ -304,7 +304,7 @@ def page(results: dict[str, Any], pictures: list[str]) -> str:
     lines = [
         "# CPU attention: measured",
         "",
-        "Written by `make bench`; do not edit. [How it is measured](../cpu_performance.md).",
+        "Written by `make bench`; do not edit. [How it is measured](../../cpu_performance.md).",
         "",
         *table(
             ["", ""],

@@ -10,12 +10,12 @@ import pytest
 import test_backends
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "README.md")
+DOCUMENTS = (*sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "README.md")
 PATH = r"(?:fa3_ops|csrc|meta_kernels|tests|docs|emulator|benchmarks|examples|compat)/[\w/.*<>-]*"
 FOLLOWED = ("life_of_a_call.md", "adding_a_backend.md")
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_path_exists(document: Path) -> None:
     paths = set(re.findall(rf"`({PATH})`", document.read_text()))
     missing = [p for p in paths if "NAME" not in p and not list(ROOT.glob(p.rstrip("/")))]
@@ -38,7 +38,7 @@ def test_the_backend_of_the_document_is_the_tests() -> None:
     assert source in (ROOT / "docs" / "adding_a_backend.md").read_text()
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_leads_somewhere(document: Path) -> None:
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text())
     assert [link for link in links if not (document.parent / link).exists()] == []

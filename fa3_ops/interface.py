@@ -176,10 +176,10 @@ def flash_attn_func(
         sinks=sinks,
     )
     arguments = (
-        *(q, k, v, softmax_scale, causal, qv, q_descale, k_descale, v_descale, window),
-        *(attention_chunk, softcap, num_splits, pack_gqa, deterministic, sm_margin),
-        *(alibi_slopes, sinks),
-    )
+        q, k, v, softmax_scale, causal, qv, q_descale, k_descale, v_descale, window,
+        attention_chunk, softcap, num_splits, pack_gqa, deterministic, sm_margin,
+        alibi_slopes, sinks,
+    )  # fmt: skip
     out, softmax_lse = direct.call(ops.flash_attn_func, ops.flash_attn_func.default, arguments)
     return (out, softmax_lse) if returns_lse else out
 
@@ -286,18 +286,18 @@ def flash_attn_varlen_func(
             check_kind(max_seqlen_k, int | None, "max_seqlen_k")
             check_kind(deterministic, bool, "deterministic")
         arguments: tuple[object, ...] = (
-            *(q, k, v, qv, seqused_k, None, None, page_table, cu_seqlens_q, max_seqlen_q),
-            *(seqused_q, q_descale, k_descale, v_descale, softmax_scale, causal, window),
-            *(attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin),
-            *(alibi_slopes, sinks),
-        )
+            q, k, v, qv, seqused_k, None, None, page_table, cu_seqlens_q, max_seqlen_q,
+            seqused_q, q_descale, k_descale, v_descale, softmax_scale, causal, window,
+            attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin,
+            alibi_slopes, sinks,
+        )  # fmt: skip
     else:
         arguments = (
-            *(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q),
-            *(seqused_k, softmax_scale, causal, qv, q_descale, k_descale, v_descale, window),
-            *(attention_chunk, softcap, num_splits, pack_gqa, deterministic, sm_margin),
-            *(alibi_slopes, sinks),
-        )
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q,
+            seqused_k, softmax_scale, causal, qv, q_descale, k_descale, v_descale, window,
+            attention_chunk, softcap, num_splits, pack_gqa, deterministic, sm_margin,
+            alibi_slopes, sinks,
+        )  # fmt: skip
     op = ops.flash_attn_varlen_func if page_table is None else ops.flash_attn_kvcache
     out, softmax_lse = _results(op, arguments, out)
     return (out, softmax_lse) if returns_lse else out
@@ -477,12 +477,12 @@ def flash_attn_with_kvcache(
         except (ValueError, TypeError) as error:
             raise renamed(error, k="k_cache", v="v_cache", seqused_k="cache_seqlens") from None
     arguments = (
-        *(q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx),
-        *(cache_leftpad, page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, rotary_seqlens),
-        *(q_descale, k_descale, v_descale, softmax_scale, causal, window),
-        *(attention_chunk, softcap, rotary_interleaved, scheduler_metadata, num_splits, pack_gqa),
-        *(sm_margin, alibi_slopes, sinks, seqused_q),
-    )
+        q, k_cache, v_cache, k, v, qv, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
+        cache_leftpad, page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, rotary_seqlens,
+        q_descale, k_descale, v_descale, softmax_scale, causal, window,
+        attention_chunk, softcap, rotary_interleaved, scheduler_metadata, num_splits, pack_gqa,
+        sm_margin, alibi_slopes, sinks, seqused_q,
+    )  # fmt: skip
     op = ops.flash_attn_with_kvcache
     if out is None:
         out, softmax_lse = direct.call(op, composite.flash_attn_with_kvcache, arguments)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -226,27 +226,47 @@ def attention(
     dtype(k, q_dtype, k_name, " like q")
     dtype(v, q_dtype, v_name, " like q")
     others = (
-        *(k, v, seqused_k, cu_seqlens_q, cu_seqlens_k, seqused_q),
-        *(cache_batch_idx, cache_leftpad, page_table),
-    )
+        k,
+        v,
+        seqused_k,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_q,
+        cache_batch_idx,
+        cache_leftpad,
+        page_table,
+    )  # fmt: skip
     for t in others:
         if t is not None and t.device != device:
             named = zip((k_name, v_name, seqused_k_name, *OPTIONAL), others, strict=True)
             same_device(q, dict(named))
-    batch_size = _rows(q, cu_seqlens_q, max_seqlen_q)
+    batch_size, nheads, headdim = _rows(q, cu_seqlens_q, max_seqlen_q)
     if cu_seqlens_k is not None:
-        _packed_keys(q, k, v, k_name, v_name, batch_size, cu_seqlens_k, max_seqlen_k, page_table)
+        _packed_only(page_table, max_seqlen_k)
+        lengths(cu_seqlens_k, batch_size + 1, "cu_seqlens_k")
+        total_k, nheads_k, _ = shape(
+            k, ("total_k", "nheads_k", headdim), k_name, " with cu_seqlens_k"
+        )
+        headdim_v = shape(v, (total_k, nheads_k, "headdim_v"), v_name)[-1]
     else:
         entries = batch_size if cache_batch_idx is None else "batch_size_cache"
-        _dense_keys(q, k, v, k_name, v_name, entries, cu_seqlens_q, page_table)
-    _heads(q, k, v, k_name)
+        because = "" if cu_seqlens_q is None else " without cu_seqlens_k"
+        keys = (entries, "seqlen_k", "nheads_k", headdim)
+        if page_table is not None:
+            dtype(page_table, torch.int32, "page_table")
+            shape(page_table, (entries, "max_num_pages_per_seq"), "page_table")
+            keys, because = ("num_pages", "page_size", "nheads_k", headdim), " with page_table"
+        first, rows, nheads_k, _ = shape(k, keys, k_name, because)
+        headdim_v = shape(v, (first, rows, nheads_k, "headdim_v"), v_name)[-1]
+    if nheads_k == 0 or nheads % nheads_k or not 0 < headdim <= MAX_HEADDIM >= headdim_v > 0:
+        _refuse_heads(nheads, nheads_k, headdim, headdim_v, k_name)
 
     lengths(seqused_q, batch_size, "seqused_q")
     lengths(seqused_k, batch_size, seqused_k_name)
     lengths(cache_batch_idx, batch_size, "cache_batch_idx")
     lengths(cache_leftpad, batch_size, "cache_leftpad")
     if not (q_descale is k_descale is v_descale is scheduler_metadata is None):
-        _descales(q, (batch_size, k.shape[-2]), q_descale, k_descale, v_descale, scheduler_metadata)
+        _descales(q, (batch_size, nheads_k), q_descale, k_descale, v_descale, scheduler_metadata)
     if not (qv is alibi_slopes is sinks is None):
         _extras(q, v, batch_size, qv, alibi_slopes, sinks)
     if out is not None:
@@ -259,73 +279,36 @@ def attention(
     return batch_size
 
 
-def _rows(q: Tensor, cu_seqlens_q: Tensor | None, max_seqlen_q: int | None) -> int:
-    """The layout of q; returns the batch size."""
+def _rows(q: Tensor, cu_seqlens_q: Tensor | None, max_seqlen_q: int | None) -> tuple[int, int, int]:
+    """The layout of q; returns batch_size, nheads and headdim."""
     if cu_seqlens_q is None:
         expected = ("batch_size", "seqlen_q", "nheads", "headdim")
-        return shape(q, expected, "q", " without cu_seqlens_q")[0]
+        batch_size, _, nheads, headdim = shape(q, expected, "q", " without cu_seqlens_q")
+        return batch_size, nheads, headdim
     lengths(cu_seqlens_q, "batch_size + 1", "cu_seqlens_q")
-    shape(q, ("total_q", "nheads", "headdim"), "q", " with cu_seqlens_q")
+    _, nheads, headdim = shape(q, ("total_q", "nheads", "headdim"), "q", " with cu_seqlens_q")
     if max_seqlen_q is None:
         raise ValueError("max_seqlen_q must be given with cu_seqlens_q, got None")
-    return cu_seqlens_q.shape[0] - 1
+    return cu_seqlens_q.shape[0] - 1, nheads, headdim
 
 
-def _packed_keys(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_name: str,
-    v_name: str,
-    batch_size: int,
-    cu_seqlens_k: Tensor,
-    max_seqlen_k: int | None,
-    page_table: Tensor | None,
-) -> None:
+def _packed_only(page_table: Tensor | None, max_seqlen_k: int | None) -> None:
+    """What goes with cu_seqlens_k."""
     if page_table is not None:
         raise ValueError("page_table must be None when cu_seqlens_k is given, got a tensor")
     if max_seqlen_k is None:
         raise ValueError("max_seqlen_k must be given with cu_seqlens_k, got None")
-    lengths(cu_seqlens_k, batch_size + 1, "cu_seqlens_k")
-    shape(k, ("total_k", "nheads_k", q.shape[-1]), k_name, " with cu_seqlens_k")
-    shape(v, (*k.shape[:2], "headdim_v"), v_name)
 
 
-def _dense_keys(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_name: str,
-    v_name: str,
-    entries: object,
-    cu_seqlens_q: Tensor | None,
-    page_table: Tensor | None,
-) -> None:
-    """Dense keys, or pages of them; `entries` is the first size of k or of the page table."""
-    expected: tuple[object, ...]
-    if page_table is None:
-        expected = (entries, "seqlen_k", "nheads_k", q.shape[-1])
-        because = "" if cu_seqlens_q is None else " without cu_seqlens_k"
-    else:
-        dtype(page_table, torch.int32, "page_table")
-        shape(page_table, (entries, "max_num_pages_per_seq"), "page_table")
-        expected = ("num_pages", "page_size", "nheads_k", q.shape[-1])
-        because = " with page_table"
-    first, keys, nheads_k, _ = shape(k, expected, k_name, because)
-    shape(v, (first, keys, nheads_k, "headdim_v"), v_name)
-
-
-def _heads(q: Tensor, k: Tensor, v: Tensor, k_name: str) -> None:
-    nheads, headdim = q.shape[-2:]
-    nheads_k, headdim_v = k.shape[-2], v.shape[-1]
+def _refuse_heads(
+    nheads: int, nheads_k: int, headdim: int, headdim_v: int, k_name: str
+) -> NoReturn:
     if nheads_k == 0 or nheads % nheads_k != 0:
         raise ValueError(
             f"nheads of q must be a multiple of nheads_k of {k_name}, got {nheads} and {nheads_k}"
         )
-    if not 1 <= headdim <= MAX_HEADDIM:
-        raise ValueError(f"headdim must be in [1, {MAX_HEADDIM}], got {headdim}")
-    if not 1 <= headdim_v <= MAX_HEADDIM:
-        raise ValueError(f"headdim_v must be in [1, {MAX_HEADDIM}], got {headdim_v}")
+    wrong, n = ("headdim", headdim) if not 0 < headdim <= MAX_HEADDIM else ("headdim_v", headdim_v)
+    raise ValueError(f"{wrong} must be in [1, {MAX_HEADDIM}], got {n}")
 
 
 def _descales(

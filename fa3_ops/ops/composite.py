@@ -59,9 +59,12 @@ def _append(
     out: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """Checks, appends and rotates; returns the arguments of flash_attn_kvcache. Positional, all of
-    it: to bind so many arguments by name would take a tenth of the shortest call."""
+    it, and without starred parts: to bind so many arguments by name would take a tenth of the
+    shortest call."""
     batch_size = checks.attention(
-        *(q, k_cache, v_cache),
+        q,
+        k_cache,
+        v_cache,
         k_name="k_cache",
         v_name="v_cache",
         seqused_k_name="cache_seqlens",
@@ -87,9 +90,9 @@ def _append(
         scheduler_metadata=scheduler_metadata,
     )
     checks.append(
-        *(q, k_cache, v_cache, k, v, batch_size, rotary_cos, rotary_sin, cache_seqlens),
-        *(cu_seqlens_k_new, rotary_seqlens),
-    )
+        q, k_cache, v_cache, k, v, batch_size, rotary_cos, rotary_sin, cache_seqlens,
+        cu_seqlens_k_new, rotary_seqlens,
+    )  # fmt: skip
     if k is not None and cache_seqlens is not None:
         # What the append does not take and the attention would refuse after it.
         checks.ints64(
@@ -107,18 +110,17 @@ def _append(
             *(q, k, k_cache, cache_seqlens, cache_batch_idx, cache_leftpad, page_table),
             *(cu_seqlens_q, cu_seqlens_k_new, seqused_q, window_size, attention_chunk),
         )
-        advance = causal or max(window_size) >= 0 or attention_chunk > 0
         q, cache_seqlens = _write(
             *(q, k, v, k_cache, v_cache, cache_seqlens, cache_batch_idx, page_table, cu_seqlens_q),
             *(cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved),
-            advance,
+            causal or max(window_size) >= 0 or attention_chunk > 0,
         )
     return (
-        *(q, k_cache, v_cache, qv, cache_seqlens, cache_batch_idx, cache_leftpad, page_table),
-        *(cu_seqlens_q, max_seqlen_q, seqused_q, q_descale, k_descale, v_descale, softmax_scale),
-        *(causal, window_size, attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa),
-        *(sm_margin, alibi_slopes, sinks),
-    )
+        q, k_cache, v_cache, qv, cache_seqlens, cache_batch_idx, cache_leftpad, page_table,
+        cu_seqlens_q, max_seqlen_q, seqused_q, q_descale, k_descale, v_descale, softmax_scale,
+        causal, window_size, attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa,
+        sm_margin, alibi_slopes, sinks,
+    )  # fmt: skip
 
 
 def _write(

@@ -50,7 +50,7 @@ class Toy(Backend[Attention]):
     """Dense attention without a mask, by a softmax over all scores."""
 
     name = "toy"
-    serves = ("q", "k", "v", "softmax_scale")
+    serves = ("q", "k", "v", "softmax_scale", "num_splits", "is_cache", "out")
 
     def not_supported_reasons(self, request: Attention, run: Run) -> list[str]:
         others = (field for field in fields(request) if field.name not in self.serves)
@@ -61,7 +61,7 @@ class Toy(Backend[Attention]):
         k, v = (x.repeat_interleave(lowered.nheads // lowered.nheads_k, dim=1) for x in (k, v))
         scores = q @ k.transpose(-1, -2) * lowered.softmax_scale
         out = (scores.softmax(-1) @ v).transpose(1, 2)
-        return out.to(lowered.q.dtype).contiguous(), scores.logsumexp(-1).float()
+        return out.to(lowered.out_dtype).contiguous(), scores.logsumexp(-1).float()
 
 
 @contextmanager
@@ -129,8 +129,9 @@ class TestFromOutside:
         with added(Toy(), first=True):
             text = str(fa3_ops.explain(fa3_ops.flash_attn_func, **dense()))
             assert text == "flash_attn_func: toy"
-            with pytest.warns(fa3_ops.FallbackWarning):
-                text = str(fa3_ops.explain(fa3_ops.flash_attn_func, **dense(), softcap=3.0))
+            text = str(fa3_ops.explain(fa3_ops.flash_attn_func, **dense(), softcap=3.0))
+            with pytest.warns(fa3_ops.FallbackWarning):  # which explain() has not used up
+                fa3_ops.flash_attn_func(**dense(), softcap=3.0)
         assert text == "flash_attn_func: cpu\n  not toy: softcap"
 
     def test_its_gradients_are_not_somebody_elses(self) -> None:
@@ -167,6 +168,25 @@ class TestFromOutside:
     def test_a_device_that_is_none_is_an_error(self) -> None:
         with pytest.raises(ValueError, match="device must be one of cpu, npu, got cup"):
             add_backend("cup", Attention, Toy())
+
+    def test_float8(self) -> None:
+        call = {name: x.to(torch.float8_e4m3fn) for name, x in dense().items()}
+        want = fa3_ops.flash_attn_func(**call)
+        with added(Toy()), fa3_ops.use_backend("toy"):
+            got = fa3_ops.flash_attn_func(**call)
+        torch.testing.assert_close(got, want, rtol=0.01, atol=0.01)
+
+    def test_results_of_another_form_are_an_error(self) -> None:
+        class Forgets(Toy):
+            def launch(self, *arguments: Any) -> Any:
+                return super().launch(*arguments)[0]
+
+        with added(Forgets()), fa3_ops.use_backend("toy"), pytest.raises(TypeError, match="toy"):
+            fa3_ops.flash_attn_func(**dense())
+
+    def test_a_kind_that_is_none_is_an_error(self) -> None:
+        with pytest.raises(TypeError, match="kind must be one of Append, Attention"):
+            add_backend("cpu", Toy, Toy())
 
     def test_who_wants_no_lengths_reads_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def read(request: Any) -> Any:

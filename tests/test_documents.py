@@ -28,7 +28,7 @@ def test_every_name_is_found_where_it_is_said_to_be(document: str) -> None:
     text = (ROOT / "docs" / document).read_text()
     pairs = re.findall(rf"`(\w+)`\s+(?:in\s+|\()`({PATH})`", text)
     assert len(pairs) > 5
-    defined = r"(?m)(?:\bdef |\bclass |\bm\.def\(\"|^)[^\n]*\b{name}\b(?:\(| =|:|\b)"
+    defined = r"(?m)(?:def|class) {name}\b|^{name}\b|^\w[\w:<>*&, ]* {name}\("
     for name, path in pairs:
         assert re.search(defined.format(name=name), (ROOT / path).read_text()), (name, path)
 

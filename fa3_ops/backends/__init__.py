@@ -1,6 +1,6 @@
 """Backends: which kernel serves a call, chosen in the open.
 
-docs/design.md follows a call through these files, and shows how a backend is added.
+docs/life_of_a_call.md follows a call through these files, docs/adding_a_backend.md adds one.
 """
 
 from fa3_ops.backends import choice, devices, dispatch

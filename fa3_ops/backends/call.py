@@ -1,7 +1,7 @@
 """Requests: what an operator was asked for, as frozen data, whichever operator it came through.
 
 A request has the tensors and numbers of its operator under their names. Where its memory lies and
-what the host knows of its lengths is no part of it: see run.py.
+what the host knows of its lengths is no part of it: that is a Run (backend.py).
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ class Append(Request):
 
 @dataclass(frozen=True, eq=False)
 class Rotation(Request):
-    """Rows of q to be rotated."""
+    """Rows of q or k to be rotated."""
 
     served: ClassVar[str | None] = "rotation served"
 
@@ -293,7 +293,8 @@ class Plan(Request):
         return self.cache_seqlens.device
 
 
-_KINDS: Mapping[str, Callable[[Any, Mapping[str, Any]], Request]] = {
+KINDS = (Append, Attention, Combination, Gradient, Plan, Rotation)
+_REQUESTS: Mapping[str, Callable[[Any, Mapping[str, Any]], Request]] = {
     "flash_attn_func": Attention.of,
     "flash_attn_func_backward": Gradient.of,
     "flash_attn_varlen_func": Attention.of,
@@ -308,4 +309,4 @@ _KINDS: Mapping[str, Callable[[Any, Mapping[str, Any]], Request]] = {
 
 def request_of(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Request:
     """What a call of an operator asks for."""
-    return _KINDS[name_of(op)](op, bind(op, args, kwargs))
+    return _REQUESTS[name_of(op)](op, bind(op, args, kwargs))

@@ -17,7 +17,7 @@ import torch
 
 from fa3_ops.backends import choice, devices
 from fa3_ops.backends.backend import Backend
-from fa3_ops.backends.call import Request, request_of
+from fa3_ops.backends.call import KINDS, Request, request_of
 from fa3_ops.backends.devices import Device
 from fa3_ops.backends.run import serve
 from fa3_ops.ops.library import implement
@@ -104,8 +104,8 @@ def _choosing_kernel(op: Any) -> Callable[..., Any]:
 def use_backend(name: str) -> Iterator[None]:
     """Serves the calls inside with the backend of this name ("flash_attn_npu",
     "fused_infer_attention", "cpu", "torch"), or raises: NotImplementedError with the reasons why it
-    cannot, ValueError where the device of a call has none of that name. Attention and its gradients
-    are served by it or not at all; the other operators, where it has kernels for them. The
+    cannot, ValueError where the device of a call has none of that name. Operators that no backend
+    of this name is for are chosen as usual, but a gradient of an attention that one is for. The
     environment variable FA3NPU_BACKEND, set before fa3_ops is imported, does the same for a whole
     process."""
     intercept()
@@ -121,6 +121,9 @@ def add_backend(
 ) -> None:
     """Adds a backend for one kind of request on the devices of a type: as the last resort, which
     serves what no other can or who asks for it, or as the first choice."""
+    if kind not in KINDS:
+        names = ", ".join(sorted(known.__name__ for known in KINDS))
+        raise TypeError(f"kind must be one of {names}, got {kind!r}")
     found = devices.named(device)
     backends = found.backends.setdefault(kind, [])
     backends.insert(0 if first else len(backends), backend)

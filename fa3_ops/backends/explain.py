@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fa3_ops.backends import devices
 from fa3_ops.backends.call import request_of
+from fa3_ops.backends.fallback import explaining
 from fa3_ops.backends.run import choose
 from fa3_ops.meta_kernels import FAKES
 from fa3_ops.ops.schema import full_name_of, name_of
@@ -59,7 +60,7 @@ def explain(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> E
     flash_attn_func: cpu
     """
     mode = _Recorder()
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), explaining():
         function(*arguments, **keywords)
     return Explanation(mode.steps)
 

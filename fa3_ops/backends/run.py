@@ -44,6 +44,11 @@ class Choice:
         """The results of the operator; attention's always as (out, softmax_lse)."""
         results = self.backend.launch(self.prepared, self.lowered, self.run)
         if isinstance(self.asked, Attention) and isinstance(self.prepared, Attention):
+            if not isinstance(results, tuple) or len(results) != 2:
+                got = type(results).__name__
+                raise TypeError(
+                    f"backend {self.backend.name} must return (out, softmax_lse), got {got}"
+                )
             return complete(self.asked, self.prepared, *results)
         return results
 

@@ -184,6 +184,11 @@ class TestFromOutside:
         with added(Forgets()), fa3_ops.use_backend("toy"), pytest.raises(TypeError, match="toy"):
             fa3_ops.flash_attn_func(**dense())
 
+    def test_a_name_that_is_taken_is_an_error(self) -> None:
+        for backend in (devices.named("cpu").backends[Attention][0], Backend()):
+            with pytest.raises(ValueError, match="backend must have a name of its own"):
+                add_backend("cpu", Attention, backend)
+
     def test_a_kind_that_is_none_is_an_error(self) -> None:
         with pytest.raises(TypeError, match="kind must be one of Append, Attention"):
             add_backend("cpu", Toy, Toy())

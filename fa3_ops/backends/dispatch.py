@@ -126,6 +126,9 @@ def add_backend(
         raise TypeError(f"kind must be one of {names}, got {kind!r}")
     found = devices.named(device)
     backends = found.backends.setdefault(kind, [])
+    name = getattr(backend, "name", None)
+    if not isinstance(name, str) or name in (other.name for other in backends):
+        raise ValueError(f"backend must have a name of its own, got {name!r}")
     backends.insert(0 if first else len(backends), backend)
     if found.key is None:
         intercept()

@@ -26,6 +26,17 @@ def complete(
     return out, softmax_lse
 
 
+def as_asked(call: Attention, out: Tensor, softmax_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Results of the lowered call in the shape of the original one."""
+    if call.cu_seqlens_q is None and softmax_lse.dim() == 2:  # packed by split_unused_rows
+        batch_size, seqlen_q = call.q.shape[:2]
+        out = out.view(batch_size, seqlen_q, *out.shape[1:])
+        softmax_lse = softmax_lse.view(-1, batch_size, seqlen_q).transpose(0, 1)
+    if out.shape[-1] != call.headdim_v:
+        out = out[..., : call.headdim_v]
+    return out.contiguous(), softmax_lse.contiguous()
+
+
 def count_sinks(out: Tensor, softmax_lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """A sink takes its share of every row's weights: out times the rest, and its own exponential in
     softmax_lse. Rows that see no key stay 0 and -inf."""

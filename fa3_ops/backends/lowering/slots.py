@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fa3_ops.backends.backend import Run
+from fa3_ops.backends.backend import Backend, Run
 from fa3_ops.backends.call import Append
 from fa3_ops.backends.lowering.lengths import read, require, row_counts
 from fa3_ops.backends.lowering.rotary import check_positions, rotate
@@ -24,6 +24,16 @@ class SlotWrites:
     k: Tensor
     v: Tensor
     slot: Tensor
+
+
+class WritesSlots(Backend[Append]):
+    """A backend of appends that takes them so."""
+
+    def is_bitwise(self, request: Append, run: Run) -> bool:
+        return request.rotary_cos is None  # then it copies
+
+    def lower(self, request: Append, run: Run) -> SlotWrites:
+        return slot_writes(request, run)
 
 
 def slot_writes(a: Append, run: Run) -> SlotWrites:

@@ -16,7 +16,7 @@ from fa3_ops.backends.backend import Backend, Run
 from fa3_ops.backends.call import Attention
 from fa3_ops.backends.choice import asked_for
 from fa3_ops.backends.lowering import keys, rows
-from fa3_ops.backends.lowering.completion import blind_rows, clear
+from fa3_ops.backends.lowering.completion import as_asked, blind_rows, clear
 from fa3_ops.backends.lowering.lengths import Lengths
 from fa3_ops.backends.npu import device, scheduler_metadata
 from fa3_ops.backends.npu.capabilities import Capabilities, capabilities, splits
@@ -242,14 +242,3 @@ def by_total_q(softmax_lse: Tensor, cu_seqlens_q: Tensor) -> Tensor:
     row = torch.arange(total_q, dtype=torch.int32, device=softmax_lse.device)
     at = (head * cu_seqlens_q[-1] + row).clamp_(max=nheads * total_q - 1)
     return softmax_lse.flatten()[at]
-
-
-def as_asked(call: Attention, out: Tensor, softmax_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Results of the lowered call in the shape of the original one."""
-    if call.cu_seqlens_q is None and softmax_lse.dim() == 2:  # packed by split_unused_rows
-        batch_size, seqlen_q = call.q.shape[:2]
-        out = out.view(batch_size, seqlen_q, *out.shape[1:])
-        softmax_lse = softmax_lse.view(-1, batch_size, seqlen_q).transpose(0, 1)
-    if out.shape[-1] != call.headdim_v:
-        out = out[..., : call.headdim_v]
-    return out.contiguous(), softmax_lse.contiguous()

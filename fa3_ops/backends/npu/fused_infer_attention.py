@@ -12,7 +12,7 @@ from torch import Tensor
 from fa3_ops.backends.backend import Backend, Run
 from fa3_ops.backends.call import Attention
 from fa3_ops.backends.lowering import keys, rows
-from fa3_ops.backends.lowering.completion import blind_rows, clear
+from fa3_ops.backends.lowering.completion import as_asked, blind_rows, clear
 from fa3_ops.backends.lowering.lengths import read
 from fa3_ops.backends.npu.capabilities import FusedLimits, fused_limits
 
@@ -97,12 +97,7 @@ class FusedInferAttention(Backend[Attention]):
         assert run.lengths is not None
         if not any(run.lengths.seqlens_q):
             return request.empty_results()
-        out, softmax_lse = launch(lowered, run)
-        if request.cu_seqlens_q is None and softmax_lse.dim() == 2:
-            batch_size, seqlen_q = request.q.shape[:2]
-            out = out.view(batch_size, seqlen_q, *out.shape[1:])
-            softmax_lse = softmax_lse.view(-1, batch_size, seqlen_q).transpose(0, 1)
-        out, softmax_lse = out.contiguous(), softmax_lse.contiguous()
+        out, softmax_lse = as_asked(request, *launch(lowered, run))
         if not run.lengths.plain:
             clear(out, softmax_lse, blind_rows(request))
         return out, softmax_lse

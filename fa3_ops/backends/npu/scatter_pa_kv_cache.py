@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from fa3_ops.backends.backend import Backend, Run
+from fa3_ops.backends.backend import Run
 from fa3_ops.backends.call import Append
-from fa3_ops.backends.lowering.slots import SlotWrites, slot_writes
+from fa3_ops.backends.lowering.slots import SlotWrites, WritesSlots
 from fa3_ops.backends.written import mark_written
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class ScatterPaKvCache(Backend[Append]):
+class ScatterPaKvCache(WritesSlots):
     name = "npu_scatter_pa_kv_cache"
 
     def not_supported_reasons(self, request: Append, run: Run) -> list[str]:
@@ -20,12 +20,6 @@ class ScatterPaKvCache(Backend[Append]):
         if not (request.k_cache.is_contiguous() and request.v_cache.is_contiguous()):
             reasons.append("the cache is strided")
         return reasons
-
-    def is_bitwise(self, request: Append, run: Run) -> bool:
-        return request.rotary_cos is None  # then it copies
-
-    def lower(self, request: Append, run: Run) -> SlotWrites:
-        return slot_writes(request, run)
 
     def launch(self, request: Append, lowered: SlotWrites, run: Run) -> None:
         import torch_npu

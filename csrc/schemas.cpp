@@ -70,7 +70,11 @@ STABLE_TORCH_LIBRARY(fa3npu, m) {
       "kvcache_append_(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
       "Tensor cache_seqlens, Tensor? cache_batch_idx=None, Tensor? page_table=None, "
       "Tensor? cu_seqlens_k_new=None, Tensor? rotary_cos=None, Tensor? rotary_sin=None, "
-      "Tensor? rotary_seqlens=None, bool rotary_interleaved=True) -> ()");
+      "Tensor? rotary_seqlens=None, bool rotary_interleaved=True, Tensor? k_descale=None, "
+      "Tensor? v_descale=None) -> ()");
+  m.def(
+      "kvcache_scatter_(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "Tensor slot_mapping, Tensor? k_descale=None, Tensor? v_descale=None) -> ()");
   m.def(
       "apply_rotary(Tensor x, Tensor rotary_cos, Tensor rotary_sin, Tensor rotary_seqlens, "
       "Tensor? cu_seqlens=None, bool rotary_interleaved=True, bool advance=True) -> Tensor");

@@ -13,6 +13,7 @@ from fa3_ops.interface import (
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
     get_scheduler_metadata,
+    kvcache_scatter_,
 )
 from fa3_ops.ops import library
 
@@ -26,6 +27,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
     "get_scheduler_metadata",
+    "kvcache_scatter_",
     "use_backend",
 ]
 

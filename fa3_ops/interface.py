@@ -493,6 +493,42 @@ def flash_attn_with_kvcache(
 
 
 @names_arguments
+def kvcache_scatter_(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+) -> None:
+    """Writes new keys and values to slots of a cache, in place, as vLLM asks for it.
+
+    Arguments:
+        k: (num_tokens, nheads_k, headdim), in the cache's dtype, or in float16 or bfloat16 for a
+            narrow cache.
+        v: (num_tokens, nheads_k, headdim_v), likewise.
+        k_cache: (num_pages, page_size, nheads_k, headdim), or (batch_size, seqlen, ...); of any
+            strides whose last is 1. Narrow are float8_e4m3fn, float8_e5m2 and int8.
+        v_cache: (num_pages, page_size, nheads_k, headdim_v) of k_cache's dtype.
+        slot_mapping: (num_slots,) int32 or int64, num_slots <= num_tokens: row i of k and v goes to
+            page slot_mapping[i] // page_size, row slot_mapping[i] % page_size of it, nowhere if it
+            is negative. Rows of k and v behind num_slots are padding. Of rows with the same slot
+            any one is written.
+        k_descale, v_descale: (nheads_k,), (1,) or () float32: what goes into a narrow cache is
+            divided by them, rounded to nearest, ties to even, and bounded by the largest number of
+            the dtype; NaN stays NaN, and is 0 in int8. Ignored where nothing is narrowed.
+
+    Raises ValueError before anything is written where a slot is behind the end of the cache; on a
+    device whose tensors the host would have to wait for, such a slot is skipped.
+    """
+    checks.scatter(k, v, k_cache, v_cache, slot_mapping, k_descale, v_descale)
+    op = ops.kvcache_scatter_
+    arguments = (k, v, k_cache, v_cache, slot_mapping, k_descale, v_descale)
+    direct.call(op, op.default, arguments)
+
+
+@names_arguments
 def flash_attn_combine(
     out_partial: Tensor,
     lse_partial: Tensor,
@@ -561,10 +597,14 @@ def get_scheduler_metadata(
     softmax_scale: float | None = None,
 ) -> Tensor:
     """The schedule of a later call of flash_attn_with_kvcache, as a tensor whose size depends on
-    the batch size and on whether q is packed. It never changes a number.
+    the length of cache_seqlens alone. It never changes a number.
 
-    On CPU: int32 (batch_size,), which nothing reads. On NPU: uint8, for a call that a graph capture
-    records. Every argument must be that of the call: softcap and softmax_scale (by default
+    cache_seqlens and cache_leftpad have at least batch_size elements, cu_seqlens_q and
+    cu_seqlens_k_new one more. What lies behind is padding, in the call too, whose numbers for these
+    sequences mean nothing: so a server may pass the tensors of its largest batch every time.
+
+    On CPU: int32 like cache_seqlens, which nothing reads. On NPU: uint8, for a call that a graph
+    capture records. Every argument must be that of the call: softcap and softmax_scale (by default
     1 / sqrt(headdim)) too, page_size * max_num_pages_per_seq as max_seqlen_k. A call that gets the
     metadata of another one, or of other lengths, returns NaN. It cannot be captured itself
     (ValueError): make it before each replay and copy it into the tensor that the captured call got.
@@ -573,17 +613,12 @@ def get_scheduler_metadata(
     window, attention_chunk, softcap, num_splits = _settings(
         window_size, attention_chunk, softcap, num_splits, splits=0
     )
-    if cache_seqlens.dim() == 1 and cache_seqlens.shape[0] != batch_size:
-        raise ValueError(
-            f"batch_size must be the number of cache_seqlens, {cache_seqlens.shape[0]}, "
-            f"got {batch_size}"
-        )
     if torch.compiler.is_compiling():
         softmax_scale, softcap = checks.constants(softmax_scale, softcap)
-    checks.lengths(cache_seqlens, batch_size, "cache_seqlens")
-    checks.lengths(cu_seqlens_q, batch_size + 1, "cu_seqlens_q")
-    checks.lengths(cu_seqlens_k_new, batch_size + 1, "cu_seqlens_k_new")
-    checks.lengths(cache_leftpad, batch_size, "cache_leftpad")
+    checks.lengths_at_least(cache_seqlens, batch_size, "cache_seqlens")
+    checks.lengths_at_least(cu_seqlens_q, batch_size + 1, "cu_seqlens_q")
+    checks.lengths_at_least(cu_seqlens_k_new, batch_size + 1, "cu_seqlens_k_new")
+    checks.lengths_at_least(cache_leftpad, batch_size, "cache_leftpad")
     others = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new}
     others["cache_leftpad"] = cache_leftpad
     checks.same_device(cache_seqlens, others, "cache_seqlens")

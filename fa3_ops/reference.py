@@ -102,6 +102,47 @@ def rotate(
     return y.to(x.dtype)
 
 
+def narrowed(x: Tensor, dtype: torch.dtype, descale: Tensor | None = None) -> Tensor:
+    """x (..., nheads_k, d) as a cache of a narrow dtype holds it: divided in float32 by descale,
+    which is broadcast over (..., nheads_k), then the nearest number of the dtype, ties to even,
+    found among all of them. NaN stays NaN, and is 0 in int8."""
+    if x.dtype == dtype:
+        return x
+    x = x.float() if descale is None else x.float() / descale[..., None]
+    codes = torch.arange(-128, 128, dtype=torch.int8)
+    numbers = codes.view(dtype).double()
+    numbers, codes = numbers[numbers.isfinite()], codes[numbers.isfinite()]
+    numbers, order = numbers.sort(stable=True)
+    codes = codes[order]
+    above = torch.searchsorted(numbers, x.double().contiguous()).clamp(1, len(numbers) - 1)
+    low, high = numbers[above - 1], numbers[above]
+    middle = (low + high) / 2
+    even = codes[above] % 2 == 0
+    nearest = torch.where((x > middle) | ((x == middle) & even), above, above - 1)
+    if dtype == torch.int8:
+        return codes[nearest].masked_fill(x.isnan(), 0)
+    y = codes[nearest].view(dtype).float()
+    y = torch.where(y == 0, torch.zeros_like(y).copysign(x), y)  # there are two zeros
+    return torch.where(x.isnan(), x, y).to(dtype)
+
+
+def scatter(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
+) -> None:
+    """kvcache_scatter_, one row after another."""
+    for i, slot in enumerate(slot_mapping.tolist()):
+        at = slot // k_cache.shape[1], slot % k_cache.shape[1]
+        if slot >= 0:
+            k_cache[at] = narrowed(k[i], k_cache.dtype, k_descale)
+            v_cache[at] = narrowed(v[i], v_cache.dtype, v_descale)
+
+
 def _descaled(x: Tensor, descale: Tensor | None, b: int) -> Tensor:
     """FP8 rows (seqlen, nheads, d) times descale[b] (nheads_k,); other dtypes ignore descales."""
     if x.dtype != torch.float8_e4m3fn:
@@ -183,6 +224,11 @@ def batched(
     return out, softmax_lse
 
 
+def _of_sequence(descale: Tensor | None, b: int) -> Tensor | None:
+    """Of descales by sequence and head, by head, or one for all."""
+    return descale[b] if descale is not None and descale.dim() == 2 else descale
+
+
 def append(
     k: Tensor,
     v: Tensor,
@@ -197,6 +243,8 @@ def append(
     rotary_sin: Tensor | None = None,
     rotary_seqlens: Tensor | None = None,
     rotary_interleaved: bool = True,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
 ) -> None:
     """Writes row i of sequence b at position cache_seqlens[b] + i of its cache, rotated at
     rotary_seqlens[b] + i (by default the same position, left padding counted)."""
@@ -211,6 +259,8 @@ def append(
             first = cache_seqlens if rotary_seqlens is None else rotary_seqlens
             at = int(first[b]) + torch.arange(len(keys))
             keys = rotate(keys, rotary_cos, rotary_sin, at, rotary_interleaved)
+        keys = narrowed(keys, k_cache.dtype, _of_sequence(k_descale, b))
+        values = narrowed(values, v_cache.dtype, _of_sequence(v_descale, b))
         entry = b if cache_batch_idx is None else int(cache_batch_idx[b])
         if page_table is None:
             k_cache[entry, positions], v_cache[entry, positions] = keys, values
@@ -240,6 +290,8 @@ def flash_attn_with_kvcache(
     causal: bool = False,
     window_size: Sequence[int] = (-1, -1),
     attention_chunk: int = 0,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     **arguments: object,
 ) -> tuple[Tensor, Tensor]:
     """Appends k and v to the caches (in place), rotates, attends."""
@@ -269,6 +321,8 @@ def flash_attn_with_kvcache(
             rotary_sin=rotary_sin,
             rotary_seqlens=rotary_seqlens,
             rotary_interleaved=rotary_interleaved,
+            k_descale=k_descale,
+            v_descale=v_descale,
         )
         new = k.shape[1] if cu_seqlens_k_new is None else cu_seqlens_k_new.diff()
         cache_seqlens = cache_seqlens + new
@@ -283,5 +337,7 @@ def flash_attn_with_kvcache(
         causal=causal,
         window_size=window_size,
         attention_chunk=attention_chunk,
+        k_descale=k_descale,
+        v_descale=v_descale,
         **arguments,  # type: ignore[arg-type]
     )

@@ -16,6 +16,7 @@ from . import (
     flash_attn_varlen_func,
     get_scheduler_metadata,
     kvcache_append,
+    kvcache_scatter,
     no_gradient,
 )
 
@@ -28,6 +29,7 @@ FAKES: Mapping[str, Callable[..., Any]] = {
     "flash_attn_kvcache": flash_attn_kvcache.flash_attn_kvcache,
     "flash_attn_kvcache.out": flash_attn_kvcache.flash_attn_kvcache_out,
     "kvcache_append_": kvcache_append.kvcache_append_,
+    "kvcache_scatter_": kvcache_scatter.kvcache_scatter_,
     "apply_rotary": apply_rotary.apply_rotary,
     "flash_attn_combine": flash_attn_combine.flash_attn_combine,
     "get_scheduler_metadata": get_scheduler_metadata.get_scheduler_metadata,

@@ -285,6 +285,79 @@ def kvcache_calls(
     return call
 
 
+NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+
+
+def descale(draw: Any, *shapes: tuple[int, ...]) -> Tensor | None:
+    """Of one of the shapes, if there is one; most of what it divides stays in the range of int8."""
+    shape = draw(st.none() | st.sampled_from(shapes))
+    return None if shape is None else 0.02 + torch.rand(shape)
+
+
+@st.composite
+def scatter_calls(draw: Any) -> dict[str, Any]:
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    cache_dtype = draw(st.sampled_from((*FORWARD_DTYPES, *NARROW)))
+    narrow = cache_dtype in NARROW and draw(st.booleans())
+    dtype = draw(st.sampled_from((torch.float16, torch.bfloat16))) if narrow else cache_dtype
+    nheads_k, (d, dv) = draw(st.integers(1, 4)), draw(HEADDIMS)
+    entries, rows = draw(st.integers(0, 5)), draw(st.integers(1, 20))
+    if draw(st.booleans()):  # as vLLM has them: one tensor, heads before rows
+        both = filled((entries, nheads_k, rows, d + dv), cache_dtype).transpose(1, 2)
+        k_cache, v_cache = both[..., :d], both[..., d:]
+    else:
+        k_cache, v_cache = (
+            filled((entries, rows, nheads_k, width), cache_dtype) for width in (d, dv)
+        )
+    slots = torch.randperm(entries * rows)[: draw(st.integers(0, 40))]
+    slots = slots.masked_fill(torch.rand(slots.shape) < 0.2, -draw(st.sampled_from((1, 2**31))))
+    slots = slots.to(draw(st.sampled_from((torch.int32, torch.int64))))
+    count = len(slots) + draw(st.integers(0, 3))
+    descales = (nheads_k,), (1,), ()
+    return {
+        "k": tensor(draw, (count, nheads_k, d), dtype),
+        "v": tensor(draw, (count, nheads_k, dv), dtype),
+        "k_cache": k_cache,
+        "v_cache": v_cache,
+        "slot_mapping": slots,
+        "k_descale": descale(draw, *descales),
+        "v_descale": descale(draw, *descales),
+    }
+
+
+@st.composite
+def narrow_append_calls(draw: Any) -> dict[str, Any]:
+    """Of 16-bit keys and values to a narrow cache."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    dtype = draw(st.sampled_from((torch.float16, torch.bfloat16)))
+    batch, nheads_k, (d, dv) = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(HEADDIMS)
+    rows, per_row, cache_dtype = draw(st.integers(1, 9)), 3, draw(st.sampled_from(NARROW))
+    new_lengths = lengths(draw, batch, rows * per_row)
+    call: dict[str, Any] = {"cu_seqlens_k_new": cumulative(new_lengths)}
+    count: tuple[int, ...] = (int(new_lengths.sum()),)
+    if draw(st.booleans()):
+        new_lengths = torch.full((batch,), draw(st.integers(0, rows)), dtype=torch.int32)
+        call, count = {}, (batch, int(new_lengths[0]))
+    if d >= 2 and draw(st.booleans()):
+        call["rotary_cos"], call["rotary_sin"] = rotary(rows * per_row, 2 * (d // 2), dtype)
+    descales = (batch, nheads_k), (nheads_k,), (1,), ()
+    return call | {
+        "k": tensor(draw, (*count, nheads_k, d), dtype),
+        "v": tensor(draw, (*count, nheads_k, dv), dtype),
+        "k_cache": filled((batch * per_row, rows, nheads_k, d), cache_dtype),
+        "v_cache": filled((batch * per_row, rows, nheads_k, dv), cache_dtype),
+        "cache_seqlens": (torch.rand(batch) * (rows * per_row - new_lengths + 1)).int(),
+        "page_table": torch.randperm(batch * per_row).int().view(batch, per_row),
+        "k_descale": descale(draw, *descales),
+        "v_descale": descale(draw, *descales),
+    }
+
+
+def filled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """With numbers that tell one place from another."""
+    return (torch.rand(shape) * 100).to(dtype)
+
+
 def row_counts(x: Tensor, cu_seqlens: Tensor | None) -> list[int]:
     return [x.shape[1]] * x.shape[0] if cu_seqlens is None else cu_seqlens.diff().tolist()
 

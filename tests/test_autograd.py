@@ -35,6 +35,12 @@ def append() -> dict[str, Any]:
     return {name: call[name] for name in ("k", "v", *CACHES, "cache_seqlens")}
 
 
+def scatter() -> dict[str, Any]:
+    call = append() | {"slot_mapping": ints(3, 9)}
+    del call["cache_seqlens"]
+    return call | {name: call[name][:, 0] for name in ("k", "v")}
+
+
 def paged_varlen() -> dict[str, Any]:
     pages = {"k": rand(4, 4, 2, 16), "v": rand(4, 4, 2, 16), "seqused_k": ints(5, 2)}
     return varlen(**pages, block_table=ints(0, 3, 2, 1).view(2, 2), cu_seqlens_k=None)
@@ -43,6 +49,8 @@ def paged_varlen() -> dict[str, Any]:
 # What writes: a callable, its arguments, the names of what is written.
 WRITES: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]], tuple[str, ...]]] = {
     "kvcache_append_": (ops.kvcache_append_, append, CACHES),
+    "kvcache_scatter_": (ops.kvcache_scatter_, scatter, CACHES),
+    "scatter function": (fa3_ops.kvcache_scatter_, scatter, CACHES),
     "composite": (ops.flash_attn_with_kvcache, partial(appending, 1), CACHES),
     "composite.out": (
         ops.flash_attn_with_kvcache.out,

@@ -197,7 +197,7 @@ class TestGraph(TestCase):
             calls,
             """\
 amax: "f32[]" = torch.ops.aten.amax.default(arg0_1)
-auto_functionalized_v2 = torch.ops.higher_order.auto_functionalized_v2(torch.ops.fa3npu.kvcache_append_.default, k = arg3_1, v = arg4_1, cache_seqlens = arg5_1, cache_batch_idx = None, page_table = arg6_1, cu_seqlens_k_new = None, rotary_cos = None, rotary_sin = None, rotary_seqlens = None, rotary_interleaved = True, _k_cache_base_index = 0, _v_cache_base_index = 1, _all_bases = [arg0_1, arg2_1])
+auto_functionalized_v2 = torch.ops.higher_order.auto_functionalized_v2(torch.ops.fa3npu.kvcache_append_.default, k = arg3_1, v = arg4_1, cache_seqlens = arg5_1, cache_batch_idx = None, page_table = arg6_1, cu_seqlens_k_new = None, rotary_cos = None, rotary_sin = None, rotary_seqlens = None, rotary_interleaved = True, k_descale = None, v_descale = None, _k_cache_base_index = 0, _v_cache_base_index = 1, _all_bases = [arg0_1, arg2_1])
 add: "i32[2]" = torch.ops.aten.add.Tensor(arg5_1, 1)
 flash_attn_kvcache = torch.ops.fa3npu.flash_attn_kvcache.default(arg1_1, getitem_1, getitem_2, None, add, None, None, arg6_1, None, None, None, None, None, None, None, True)
 mul: "f32[2, 1, 4, 16]" = torch.ops.aten.mul.Tensor(getitem_3, 2)

@@ -13,12 +13,15 @@ from hypothesis import strategies as st
 from sample_inputs import ints, rand, rotary
 from strategies import (
     FORWARD_DTYPES,
+    NARROW,
     assert_exact,
     assert_lse,
     dense_calls,
     examples,
     hide_pages,
     kvcache_calls,
+    narrow_append_calls,
+    scatter_calls,
     tensor,
     threads,
     varlen_calls,
@@ -500,6 +503,117 @@ class TestKvcacheAppend:
         assert torch.equal(k_cache, before_k)
         assert torch.equal(v_cache, before_v)
 
+    @pytest.mark.parametrize("backend", ["cpu", "torch"])
+    @examples(100)
+    @given(call=narrow_append_calls())
+    def test_random_calls_of_narrow_caches(self, backend: str, call: dict[str, Any]) -> None:
+        want = call | {name: call[name].clone() for name in ("k_cache", "v_cache")}
+        with fa3_ops.use_backend(backend):
+            ops.kvcache_append_(**call)
+        reference.append(**want)
+        for name in ("k_cache", "v_cache"):
+            if "rotary_cos" in call and name == "k_cache":
+                assert_neighbours(call[name], want[name])
+            else:
+                assert_same_bits(call[name], want[name])
+
+
+def assert_neighbours(got: Tensor, want: Tensor) -> None:
+    """A rotation in float32 may round otherwise than one in float64: one code up or down."""
+    steps = []
+    for x in (got, want):
+        code = x.view(torch.int8).int()
+        negative = code if x.dtype == torch.int8 else -(code & 127)
+        steps.append(torch.where(code < 0, negative, code))
+    assert (steps[0] - steps[1]).abs().le(1).all()
+
+
+class TestKvcacheScatter:
+    @pytest.mark.parametrize("backend", ["cpu", "torch"])
+    @examples(200)
+    @given(call=scatter_calls())
+    def test_random_calls(self, backend: str, call: dict[str, Any]) -> None:
+        want = call | {name: call[name].clone() for name in ("k_cache", "v_cache")}
+        with fa3_ops.use_backend(backend):
+            fa3_ops.kvcache_scatter_(**call)
+        reference.scatter(**want)
+        assert_same_bits(call["k_cache"], want["k_cache"])
+        assert_same_bits(call["v_cache"], want["v_cache"])
+
+    @pytest.mark.parametrize("backend", ["cpu", "torch"])
+    @pytest.mark.parametrize("cache_dtype", NARROW, ids=str)
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_every_number(self, dtype: torch.dtype, cache_dtype: torch.dtype, backend: str) -> None:
+        """All 65536 of a dtype, two descales."""
+        x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(-1, 2, 16)
+        cache = torch.zeros(len(x), 1, 2, 16, dtype=torch.int8).view(cache_dtype)
+        descale = torch.tensor([1.0, 0.37])
+        with fa3_ops.use_backend(backend):
+            fa3_ops.kvcache_scatter_(x, x, cache, cache.clone(), torch.arange(len(x)), descale)
+        assert_same_bits(cache[:, 0], reference.narrowed(x, cache_dtype, descale))
+
+    @pytest.mark.parametrize("backend", ["cpu", "torch"])
+    def test_of_equal_slots_one_is_written(self, backend: str) -> None:
+        k, v, caches = rand(3, 2, 16), rand(3, 2, 16), rand(2, 2, 4, 2, 16)
+        with fa3_ops.use_backend(backend):
+            fa3_ops.kvcache_scatter_(k, v, *caches, torch.tensor([5, 5, 5]))
+        assert any(torch.equal(caches[0, 1, 1], row) for row in k)
+        assert any(torch.equal(caches[1, 1, 1], row) for row in v)
+
+    @pytest.mark.parametrize("backend", ["cpu", "torch"])
+    def test_a_slot_behind_the_end_is_refused_before_the_first_write(self, backend: str) -> None:
+        caches = rand(2, 2, 4, 2, 16)
+        before = caches.clone()
+        with (
+            fa3_ops.use_backend(backend),
+            pytest.raises(ValueError, match=r"^slot_mapping\[1\] must be less than the 8 slots"),
+        ):
+            fa3_ops.kvcache_scatter_(rand(2, 2, 16), rand(2, 2, 16), *caches, torch.tensor([0, 8]))
+        assert torch.equal(caches, before)
+
+    @pytest.mark.parametrize(
+        ("error", "message", "changes"),
+        [
+            (ValueError, r"k must have shape \(num_tokens, 2, 16\), got", {"k": rand(2, 3, 16)}),
+            (ValueError, r"v must have shape \(2, 2, 16\), got", {"v": rand(1, 2, 16)}),
+            (ValueError, r"v_cache must have shape \(2, 4, 2,", {"v_cache": rand(2, 3, 2, 16)}),
+            (
+                TypeError,
+                "k must have dtype torch.float32 like k_cache, got",
+                {"k": rand(2, 2, 16).half()},
+            ),
+            (
+                TypeError,
+                "slot_mapping must have dtype torch.int32 or torch.int64",
+                {"slot_mapping": rand(2)},
+            ),
+            (
+                ValueError,
+                "slot_mapping must have at most the 2 rows of k, got 3",
+                {"slot_mapping": ints(1, 2, 3)},
+            ),
+            (TypeError, "slot_mapping must be a tensor, got None", {"slot_mapping": None}),
+            (
+                ValueError,
+                r"k_descale must have shape \(2,\), \(1,\) or \(\), got \(2, 2\)",
+                {"k_descale": rand(2, 2)},
+            ),
+            (TypeError, "v_descale must have dtype torch.float32", {"v_descale": rand(2).half()}),
+            (ValueError, "k_cache must have a contiguous last", {"k_cache": rand(2, 4, 16, 2).mT}),
+            (
+                ValueError,
+                "v_cache must have a place for every",
+                {"v_cache": rand(1, 4, 2, 16).expand(2, 4, 2, 16)},
+            ),
+        ],
+        ids=str,
+    )
+    def test_errors(self, error: type[Exception], message: str, changes: dict[str, Any]) -> None:
+        caches = {"k_cache": rand(2, 4, 2, 16), "v_cache": rand(2, 4, 2, 16)}
+        call = {"k": rand(2, 2, 16), "v": rand(2, 2, 16), **caches, "slot_mapping": ints(1, 2)}
+        with pytest.raises(error, match=f"^{message}"):
+            fa3_ops.kvcache_scatter_(**(call | changes))
+
 
 class TestApplyRotary:
     @examples(100)
@@ -562,6 +676,40 @@ class TestGetSchedulerMetadata:
             4, 1, 2048, 8, 2, 64, seqlens, max_seqlen_k_new=1, num_splits=3, causal=True
         )
         assert longer.tolist() == [1, 1, 2, 2]
+
+    def test_lengths_behind_the_batch_are_padding(self) -> None:
+        """Servers pass the tensors of their largest batch, of which the first sequences count."""
+        for seqlens in (ints(1024, 1025, 77, -5), ints(9, 1024, 0, 1025, 0, 77, 0, -5)[1::2]):
+            got = fa3_ops.get_scheduler_metadata(
+                *(2, 1, 2048, 8, 2, 64, seqlens), cu_seqlens_q=ints(0, 1, 2, 9, 4), num_splits=0
+            )
+            assert got.tolist() == [1, 2, 0, 0]
+        got = fa3_ops.get_scheduler_metadata(
+            *(2, 1, 2048, 8, 2, 64, ints(1024, 1025, 77)),
+            cu_seqlens_k_new=ints(0, 1, 1, 9),
+            cache_leftpad=ints(0, 1, 5),
+        )
+        assert got.tolist() == [2, 1, 0]
+
+    @pytest.mark.parametrize(
+        ("lengths", "text"),
+        [
+            ({}, r"cache_seqlens must have at least 4 elements, got shape \(3,\)"),
+            ({"cache_seqlens": ints(1, 2, 3, 4).view(2, 2)}, r"cache_seqlens .* shape \(2, 2\)"),
+            ({"cu_seqlens_q": ints(0, 1, 2, 3)}, "cu_seqlens_q must have at least 5 elements"),
+            ({"cu_seqlens_k_new": ints(0)}, "cu_seqlens_k_new must have at least 5 elements"),
+            ({"cache_leftpad": ints(0, 0, 0)}, "cache_leftpad must have at least 4 elements"),
+        ],
+    )
+    def test_too_few_lengths(self, lengths: dict[str, Tensor], text: str) -> None:
+        enough = {} if not lengths else {"cache_seqlens": ints(1, 2, 3, 4)}
+        call = {"cache_seqlens": ints(1, 2, 3)} | enough | lengths
+        with pytest.raises(ValueError, match=text):
+            fa3_ops.get_scheduler_metadata(4, 1, 2048, 8, 2, 64, **call)
+        if "cu_seqlens_q" not in lengths:  # which nothing reads on CPU
+            seqlens = call.pop("cache_seqlens")
+            with pytest.raises(RuntimeError, match=text):
+                ops.get_scheduler_metadata(4, 1, 9, 8, 2, 64, seqlens, torch.half, **call)
 
 
 class TestBitwise:

@@ -835,6 +835,18 @@ def test_scatter_writes_the_slots_and_nothing_else():
         assert torch.equal(call[cache].cpu().flatten(0, 1), expected)
 
 
+def test_scatter_skips_negative_slots_and_copies_bytes():
+    tokens = torch.arange(-32, 32, dtype=torch.int8).view(2, 2, 16).npu()
+    caches = {
+        f"{x}_cache": torch.zeros(3, 4, 2, 16, dtype=torch.int8).npu() for x in ("key", "value")
+    }
+    call = scatter([-1, 5], key=tokens, value=tokens, **caches)
+    expected = torch.zeros(12, 2, 16, dtype=torch.int8)
+    expected[5] = tokens[1].cpu()
+    for cache in caches:
+        assert torch.equal(call[cache].cpu().flatten(0, 1), expected)
+
+
 def test_scatter_lets_no_caller_rely_on_the_last_of_equal_slots():
     call = scatter([5, 5])
     assert torch.equal(call["key_cache"].cpu().flatten(0, 1)[5], call["key"][0].cpu())
@@ -857,7 +869,6 @@ def test_scatter_lets_no_caller_rely_on_the_last_of_equal_slots():
         "slot dtype": ("int32 or int64", {"slot_mapping": torch.zeros(2)}),
         "slots": (r"\(tokens,\)", {"slot_mapping": torch.zeros(3, dtype=torch.int32)}),
         "slot range": (r"slot 12 .* outside \[0, 12\)", {"slot_mapping": torch.tensor([0, 12])}),
-        "padding slot": ("slot -1", {"slot_mapping": torch.tensor([0, -1])}),
     }.values(),
 )
 def test_scatter_refuses_what_cann_does_not_support(message, changes):

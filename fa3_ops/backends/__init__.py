@@ -13,6 +13,7 @@ from fa3_ops.backends.call import (
     Plan,
     Request,
     Rotation,
+    Scatter,
 )
 from fa3_ops.backends.dispatch import add_backend, remove_backend, use_backend
 from fa3_ops.backends.explain import Explanation, explain
@@ -30,6 +31,7 @@ __all__ = [
     "Request",
     "Rotation",
     "Run",
+    "Scatter",
     "add_backend",
     "explain",
     "remove_backend",

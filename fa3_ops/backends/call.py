@@ -214,6 +214,8 @@ class Append(Request):
     rotary_sin: Tensor | None = None
     rotary_seqlens: Tensor | None = None
     rotary_interleaved: bool = True
+    k_descale: Tensor | None = None
+    v_descale: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -228,6 +230,26 @@ class Append(Request):
         """How many keys a sequence has room for."""
         pages = 1 if self.page_table is None else self.page_table.shape[1]
         return self.k_cache.shape[1] * pages
+
+
+@dataclass(frozen=True, eq=False)
+class Scatter(Request):
+    """New keys and values for slots of a cache: k, v (num_tokens, nheads_k, ...), of which row i
+    goes to slot_mapping[i], entry * rows + row of the caches (entries, rows, nheads_k, ...)."""
+
+    served: ClassVar[str | None] = "scatter served"
+
+    k: Tensor
+    v: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    slot_mapping: Tensor
+    k_descale: Tensor | None = None
+    v_descale: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.k_cache.device
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,7 +315,7 @@ class Plan(Request):
         return self.cache_seqlens.device
 
 
-KINDS = (Append, Attention, Combination, Gradient, Plan, Rotation)
+KINDS = (Append, Attention, Combination, Gradient, Plan, Rotation, Scatter)
 _REQUESTS: Mapping[str, Callable[[Any, Mapping[str, Any]], Request]] = {
     "flash_attn_func": Attention.of,
     "flash_attn_func_backward": Gradient.of,
@@ -301,6 +323,7 @@ _REQUESTS: Mapping[str, Callable[[Any, Mapping[str, Any]], Request]] = {
     "flash_attn_varlen_func_backward": Gradient.of,
     "flash_attn_kvcache": functools.partial(Attention.of, is_cache=True),
     "kvcache_append_": Append.of,
+    "kvcache_scatter_": Scatter.of,
     "apply_rotary": Rotation.of,
     "flash_attn_combine": Combination.of,
     "get_scheduler_metadata": Plan.of,

@@ -14,6 +14,7 @@ from fa3_ops.backends.call import (
     Plan,
     Request,
     Rotation,
+    Scatter,
 )
 from fa3_ops.backends.devices import Device
 
@@ -40,7 +41,8 @@ CPU = Device(
     backends={
         Attention: [Compiled(), torch_ops.TorchAttention()],
         Gradient: [Compiled(), torch_ops.TorchGradient()],
-        Append: [Compiled(), torch_ops.TorchAppend()],
+        Append: [Compiled(), torch_ops.TorchWrites()],
+        Scatter: [Compiled(), torch_ops.TorchWrites()],
         Rotation: [Compiled(), torch_ops.TorchRotation()],
         Combination: [Compiled(), torch_ops.TorchCombination()],
         Plan: [Compiled()],

@@ -36,6 +36,7 @@ def operators() -> list[Any]:
         ops.flash_attn_kvcache.default,
         ops.flash_attn_kvcache.out,
         ops.kvcache_append_.default,
+        ops.kvcache_scatter_.default,
         ops.apply_rotary.default,
         ops.flash_attn_combine.default,
         ops.get_scheduler_metadata.default,

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float64)
+# Of a cache, below the dtype of what is written to it.
+NARROW_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
 METADATA_DTYPES = (torch.int32, torch.uint8)
 MAX_HEADDIM = 512
 OPTIONAL = (
@@ -97,6 +99,15 @@ def lengths(t: Tensor | None, size: object, name: str) -> None:
     sizes = t.shape
     if len(sizes) != 1 or (type(size) is not str and sizes[0] != size):  # a loop costs more
         shape(t, (size,), name)
+
+
+def lengths_at_least(t: Tensor | None, least: object, name: str) -> None:
+    """An optional int32 vector, of which what lies behind counts for nothing."""
+    if t is None:
+        return
+    dtype(t, torch.int32, name)
+    if t.dim() != 1 or t.shape[0] < least:  # type: ignore[operator]
+        raise ValueError(f"{name} must have at least {least} elements, got shape {tuple(t.shape)}")
 
 
 def values(t: Tensor | None) -> list[int] | None:
@@ -262,6 +273,8 @@ def attention(
         _refuse_heads(nheads, nheads_k, headdim, headdim_v, k_name)
 
     lengths(seqused_q, batch_size, "seqused_q")
+    if cu_seqlens_q is not None:
+        _no_dummy_row(seqused_k, batch_size, seqused_k_name)
     lengths(seqused_k, batch_size, seqused_k_name)
     lengths(cache_batch_idx, batch_size, "cache_batch_idx")
     lengths(cache_leftpad, batch_size, "cache_leftpad")
@@ -277,6 +290,15 @@ def attention(
             f"num_splits must be at least 0 (0: chosen for you) or -1 (no split), got {num_splits}"
         )
     return batch_size
+
+
+def _no_dummy_row(seqused_k: Tensor | None, batch_size: int, name: str) -> None:
+    """Servers on Ascend pad a batch with a sequence of which there may be an offset alone."""
+    if seqused_k is not None and seqused_k.dim() == 1 and seqused_k.shape[0] == batch_size - 1:
+        raise ValueError(
+            f"{name} must have shape ({batch_size},), got ({batch_size - 1},): a dummy sequence "
+            "that pads cu_seqlens_q must have a length too, 0 for none, or be cut off"
+        )
 
 
 def _rows(q: Tensor, cu_seqlens_q: Tensor | None, max_seqlen_q: int | None) -> tuple[int, int, int]:
@@ -366,6 +388,76 @@ def _out(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError("out must be None where a gradient is needed, got a tensor")
 
 
+def narrows(x: Tensor, cache: Tensor) -> bool:
+    """Whether the cache has no room for all bits of x, which is quantised when it is written."""
+    return cache.dtype in NARROW_DTYPES and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def new_dtype(x: Tensor, name: str, cache: Tensor, cache_name: str) -> None:
+    """Of new keys or values."""
+    if x.dtype is not cache.dtype and not narrows(x, cache):
+        wide = " or be float16 or bfloat16" if cache.dtype in NARROW_DTYPES else ""
+        raise TypeError(
+            f"{name} must have dtype {cache.dtype} like {cache_name}{wide}, got {x.dtype}"
+        )
+
+
+def scatter(
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+) -> None:
+    """What kvcache_scatter_ asks of its arguments; the values of slots are the kernel's."""
+    others = {"k": k, "v": v, "v_cache": v_cache, "slot_mapping": slot_mapping}
+    same_device(k_cache, others | {"k_descale": k_descale, "v_descale": v_descale}, "k_cache")
+    if k_cache.dtype not in (*DTYPES, *NARROW_DTYPES):
+        names = ", ".join(str(d) for d in (*DTYPES, torch.float8_e5m2, torch.int8))
+        raise TypeError(f"k_cache must have one of the dtypes {names}, got {k_cache.dtype}")
+    dtype(v_cache, k_cache.dtype, "v_cache", " like k_cache")
+    entries, rows, nheads_k, headdim = shape(
+        k_cache, ("num_pages", "page_size", "nheads_k", "headdim"), "k_cache"
+    )
+    headdim_v = shape(v_cache, (entries, rows, nheads_k, "headdim_v"), "v_cache")[-1]
+    if not (0 < headdim <= MAX_HEADDIM >= headdim_v > 0 and nheads_k > 0):
+        _refuse_heads(nheads_k, nheads_k, headdim, headdim_v, "k_cache")
+    count = shape(k, ("num_tokens", nheads_k, headdim), "k")[0]
+    shape(v, (count, nheads_k, headdim_v), "v")
+    for name, x, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        new_dtype(x, name, cache, f"{name}_cache")
+        contiguous_rows(cache, f"{name}_cache")
+        writable(cache, f"{name}_cache")
+    if slot_mapping.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"slot_mapping must have dtype torch.int32 or torch.int64, got {slot_mapping.dtype}"
+        )
+    shape(slot_mapping, ("num_slots",), "slot_mapping")
+    if slot_mapping.shape[0] > count:
+        raise ValueError(
+            f"slot_mapping must have at most the {count} rows of k, got {slot_mapping.shape[0]}"
+        )
+    descale(k_descale, "k_descale", nheads_k)
+    descale(v_descale, "v_descale", nheads_k)
+
+
+def descale(
+    t: Tensor | None, name: str, nheads_k: object, batch_size: object | None = None
+) -> None:
+    """Factors of a narrow cache; without batch_size not by sequence."""
+    if t is None:
+        return
+    dtype(t, torch.float32, name)
+    allowed = [(nheads_k,), (1,), ()] + ([] if batch_size is None else [(batch_size, nheads_k)])
+    if tuple(t.shape) not in allowed:
+        by_sequence = "" if batch_size is None else f"({batch_size}, {nheads_k}), "
+        raise ValueError(
+            f"{name} must have shape {by_sequence}({nheads_k},), (1,) or (), got {tuple(t.shape)}"
+        )
+
+
 def append(
     q: Tensor,
     k_cache: Tensor,
@@ -411,8 +503,8 @@ def append(
         lengths(cu_seqlens_k_new, batch_size + 1, "cu_seqlens_k_new")
         shape(k, ("total_k_new", nheads_k, headdim), "k", " with cu_seqlens_k_new")
         shape(v, (k.shape[0], nheads_k, headdim_v), "v")
-    dtype(k, k_cache.dtype, "k", " like k_cache")
-    dtype(v, v_cache.dtype, "v", " like v_cache")
+    new_dtype(k, "k", k_cache, "k_cache")
+    new_dtype(v, "v", v_cache, "v_cache")
     if (rotary_cos is None) != (rotary_sin is None):
         raise ValueError("rotary_cos and rotary_sin must be given together, got one of them")
     if rotary_cos is not None and rotary_sin is not None:

@@ -113,6 +113,7 @@ def _append(
         q, cache_seqlens = _write(
             *(q, k, v, k_cache, v_cache, cache_seqlens, cache_batch_idx, page_table, cu_seqlens_q),
             *(cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved),
+            *(k_descale, v_descale),
             causal or max(window_size) >= 0 or attention_chunk > 0,
         )
     return (
@@ -138,6 +139,8 @@ def _write(
     rotary_sin: Tensor | None,
     rotary_seqlens: Tensor | None,
     rotary_interleaved: bool,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
     advance: bool,
 ) -> tuple[Tensor, Tensor]:
     """Appends k and v; returns q rotated and the lengths afterwards. Without `advance`, as it is
@@ -159,6 +162,7 @@ def _write(
     ops.kvcache_append_(
         *(k, v, k_cache, v_cache, cache_seqlens, cache_batch_idx, page_table),
         *(cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved),
+        *(k_descale, v_descale),
     )
     new = k.shape[1] if cu_seqlens_k_new is None else cu_seqlens_k_new.diff()
     return q, cache_seqlens + new

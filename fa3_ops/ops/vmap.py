@@ -86,6 +86,7 @@ def register() -> None:
         ops.flash_attn_varlen_func_backward.default,
         ops.flash_attn_kvcache.default,
         ops.kvcache_append_.default,
+        ops.kvcache_scatter_.default,
         ops.apply_rotary.default,
         ops.flash_attn_combine.default,
         ops.get_scheduler_metadata.default,

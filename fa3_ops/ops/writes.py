@@ -82,6 +82,7 @@ def _resolved(x: Any) -> Any:
 def register() -> None:
     for op in (
         ops.kvcache_append_.default,
+        ops.kvcache_scatter_.default,
         ops.flash_attn_kvcache.out,
         ops.flash_attn_varlen_func.out,
     ):

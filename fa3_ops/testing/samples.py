@@ -34,7 +34,7 @@ class SampleCall:
         """What torch.library.opcheck can test of this call. Its schema test compares tensors by
         arithmetic that float8 lacks; its autograd test knows three types of devices."""
         tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
-        eight = any(x.dtype == torch.float8_e4m3fn for x in tensors)
+        eight = any(x.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) for x in tensors)
         known = all(x.device.type in ("cpu", "cuda", "xpu") for x in tensors)
         return (
             *(() if eight else ("test_schema",)),
@@ -232,6 +232,25 @@ def kvcache_append_() -> Iterator[Sample]:
         (rand(4, 2, 16), rand(4, 2, 16), rand(10, 4, 2, 16), rand(10, 4, 2, 16), ints(2, 5)),
         {"page_table": ints(3, 7, 1, 0, 9, 2).view(2, 3), "cu_seqlens_k_new": ints(0, 3, 4)},
     )
+    k, v = rand(2, 3, 2, 16).bfloat16(), rand(2, 3, 2, 8).bfloat16()
+    yield (
+        (k, v, *narrow_caches(torch.float8_e5m2), ints(0, 7)),
+        {"k_descale": torch.tensor([[0.02, 0.5], [1.0, 2.0]]), "v_descale": torch.tensor([0.1])},
+    )
+
+
+def kvcache_scatter_() -> Iterator[Sample]:
+    pages = rand(5, 2, 4, 24).transpose(1, 2)  # as vLLM has them
+    slots = torch.tensor([3, -1, 19, 0, 8])
+    yield (rand(6, 2, 16), rand(6, 2, 8), pages[..., :16], pages[..., 16:], slots), {}
+    yield (
+        (rand(2, 2, 16).half(), rand(2, 2, 8).half(), *narrow_caches(torch.int8), ints(7, 0)),
+        {"k_descale": torch.tensor([0.02, 0.5]), "v_descale": torch.tensor(0.1)},
+    )
+
+
+def narrow_caches(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return torch.zeros(2, 10, 2, 16, dtype=dtype), torch.zeros(2, 10, 2, 8, dtype=dtype)
 
 
 def apply_rotary() -> Iterator[Sample]:
@@ -260,6 +279,7 @@ SAMPLES: dict[torch._ops.OpOverload, Callable[[], Iterator[Sample]]] = {
     ops.flash_attn_kvcache.default: flash_attn_kvcache,
     ops.flash_attn_kvcache.out: flash_attn_kvcache_out,
     ops.kvcache_append_.default: kvcache_append_,
+    ops.kvcache_scatter_.default: kvcache_scatter_,
     ops.apply_rotary.default: apply_rotary,
     ops.flash_attn_combine.default: flash_attn_combine,
     ops.get_scheduler_metadata.default: get_scheduler_metadata,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from sample_inputs import appending, cached, rand, varlen
+from sample_inputs import appending, cached, ints, rand, varlen
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -35,12 +35,20 @@ def append() -> dict[str, Any]:
     return {name: call[name] for name in ("k", "v", *CACHES, "cache_seqlens")}
 
 
+def scatter() -> dict[str, Any]:
+    call = append() | {"slot_mapping": ints(3, 9)}
+    del call["cache_seqlens"]
+    return call | {name: call[name][:, 0] for name in ("k", "v")}
+
+
 def with_out(call: dict[str, Any], *shape: int) -> dict[str, Any]:
     return call | {"out": torch.zeros(shape)}
 
 
 WRITES: dict[str, tuple[Callable[..., Any], Callable[[], dict[str, Any]], tuple[str, ...]]] = {
     "kvcache_append_": (ops.kvcache_append_, append, CACHES),
+    "kvcache_scatter_": (ops.kvcache_scatter_, scatter, CACHES),
+    "scatter function": (fa3_ops.kvcache_scatter_, scatter, CACHES),
     "composite": (ops.flash_attn_with_kvcache, partial(appending, 1), CACHES),
     "flash_attn_kvcache.out": (
         ops.flash_attn_kvcache.out,

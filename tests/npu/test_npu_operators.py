@@ -3,6 +3,7 @@ them. Strides, poisoned memory and odd sizes as on CPU."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from npu_calls import assert_close, assert_lse, examples, examples_of, for_kernels, to_npu
 from sample_inputs import ints, rand
-from strategies import HEADDIMS, cumulative, dense_calls, hide_pages, kvcache_calls, varlen_calls
+from strategies import (
+    HEADDIMS,
+    cumulative,
+    dense_calls,
+    hide_pages,
+    kvcache_calls,
+    scatter_calls,
+    varlen_calls,
+)
 from torch import Tensor
 
 import fa3_ops
@@ -63,6 +72,29 @@ class TestFlashAttnWithKvcache:
             torch.testing.assert_close(
                 device[name].cpu().float(), call[name].float(), rtol=0.01, atol=1e-3, equal_nan=True
             )
+
+
+class TestKvcacheScatter:
+    @pytest.mark.parametrize("backend", [None, "torch"])
+    @examples
+    @given(call=scatter_calls())
+    def test_random_calls(self, backend: str | None, call: dict[str, Any]) -> None:
+        device = to_npu(call)
+        with fa3_ops.use_backend(backend) if backend else nullcontext():
+            fa3_ops.kvcache_scatter_(**device)
+        reference.scatter(**call)
+        for name in ("k_cache", "v_cache"):
+            got, want = (x[name].cpu().double() for x in (device, call))
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+    def test_a_slot_behind_the_end_is_skipped(self) -> None:
+        """The host does not wait to see it."""
+        k, v, caches = rand(2, 2, 16), rand(2, 2, 16), rand(2, 2, 4, 2, 16)
+        slots = torch.tensor([8, 1])
+        got = caches.npu()
+        fa3_ops.kvcache_scatter_(k.npu(), v.npu(), *got, slots.npu())
+        caches[0, 0, 1], caches[1, 0, 1] = k[1], v[1]
+        assert torch.equal(got.cpu(), caches)
 
 
 def apart(x: Any) -> Any:

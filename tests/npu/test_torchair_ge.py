@@ -429,6 +429,27 @@ def test_append_alone(graphs: list[Interpreter]) -> None:
     assert COPIES.isdisjoint(graphs[0].types())
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("tokens", [5, 7])
+def test_scatter(graphs: list[Interpreter], tokens: int, dtype: torch.dtype) -> None:
+    """Rows behind the slots are padding, a slot behind the end of the cache is skipped."""
+
+    def step(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> Any:
+        ops.kvcache_scatter_(k, v, k_cache, v_cache, slots)
+        return (slots + 1,)
+
+    caches = {f"{x}_cache": rand(3, 128, 2, 64) for x in "kv"}
+    inputs = {"k": rand(tokens, 2, 64), "v": rand(tokens, 2, 64), **caches}
+    slots = torch.tensor([5, -1, 383, 384, 0], dtype=dtype)
+    npu = {name: x.npu() for name, x in inputs.items()}
+    compiled(step)(**npu, slots=slots.npu())
+    fits = (slots >= 0) & (slots < 384)
+    for x in "kv":
+        inputs[f"{x}_cache"].view(-1, 2, 64)[slots[fits].long()] = inputs[x][:5][fits]
+        assert torch.equal(npu[f"{x}_cache"].cpu(), inputs[f"{x}_cache"])
+    assert COPIES.isdisjoint(graphs[0].types())
+
+
 @pytest.mark.parametrize("of_one_base", [False, True])
 def test_caches_that_are_views(of_one_base: bool, graphs: list[Interpreter]) -> None:
     """Cut before the compiled function, as serving code does."""

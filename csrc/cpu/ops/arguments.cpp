@@ -47,6 +47,8 @@ int64_t element_size(ScalarType dtype) {
     case ScalarType::Int:
       return 4;
     case ScalarType::Float8_e4m3fn:
+    case ScalarType::Float8_e5m2:
+    case ScalarType::Char:
       return 1;
     default:
       return 2;
@@ -66,6 +68,30 @@ void check_attention_dtype(const Tensor& t, const char* name) {
                 dtype == ScalarType::Float8_e4m3fn,
             name, " must be float64, float32, float16, bfloat16 or float8_e4m3fn, got ",
             torch::headeronly::toString(dtype));
+}
+
+bool is_narrow(ScalarType dtype) { return element_size(dtype) == 1; }
+
+void check_cache_dtype(const Tensor& t, const char* name) {
+  const ScalarType dtype = t.scalar_type();
+  if (dtype != ScalarType::Float8_e5m2 && dtype != ScalarType::Char) check_attention_dtype(t, name);
+}
+
+Scalars descales_of(const MaybeTensor& t, std::optional<int64_t> batch_size, int64_t nheads_k,
+                    const char* name) {
+  if (!t) return Scalars();
+  check_dtype(*t, ScalarType::Float, name);
+  const int64_t dim = t->dim();
+  const bool of_heads = dim > 0 && t->size(-1) == nheads_k;
+  const bool fits = dim == 0 || (dim == 1 && (of_heads || t->size(0) == 1)) ||
+                    (dim == 2 && batch_size && t->size(0) == *batch_size && of_heads);
+  FA3_CHECK(fits, name, " must have shape ", batch_size ? "(batch_size, nheads_k), " : "",
+            "(nheads_k,) or be one number, with ", nheads_k, " heads, got ", shape_of(*t));
+  Scalars s;
+  s.data = const_cast<float*>(t->const_data_ptr<float>());
+  s.batch = dim == 2 ? t->stride(0) : 0;
+  s.head = of_heads ? t->stride(-1) : 0;
+  return s;
 }
 
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {

@@ -24,6 +24,15 @@ int64_t element_size(ScalarType dtype);  // in bytes
 
 void check_attention_dtype(const Tensor& t, const char* name);
 
+// A cache may also be narrow, of float8_e5m2 or int8; float8_e4m3fn is both.
+void check_cache_dtype(const Tensor& t, const char* name);
+bool is_narrow(ScalarType dtype);
+
+// float32 factors of what a narrow cache holds: (batch_size, nheads_k), (nheads_k,) or one number;
+// without batch_size not by sequence.
+Scalars descales_of(const MaybeTensor& t, std::optional<int64_t> batch_size, int64_t nheads_k,
+                    const char* name);
+
 // An int32 vector of `size` lengths or offsets.
 struct Lengths {
   const int32_t* data = nullptr;

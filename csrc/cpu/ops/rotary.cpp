@@ -102,7 +102,7 @@ void Rotary::rotate(const char* from_, char* to_, ScalarType dtype, int64_t head
 void copy_row(const char* from, char* to, ScalarType dtype, int64_t headdim, const Rotary* rotary,
               int64_t position) {
   if (rotary) return rotary->rotate(from, to, dtype, headdim, position);
-  with_type(dtype, [&](auto x) { std::memcpy(to, from, headdim * sizeof(x)); });
+  std::memcpy(to, from, headdim * element_size(dtype));
 }
 
 }  // namespace fa3npu

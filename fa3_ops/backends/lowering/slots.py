@@ -1,4 +1,4 @@
-"""An append as writes to slots: which row of the cache each new key and value goes to."""
+"""Writes to a cache as writes to slots: which of its rows each new key and value goes to."""
 
 from __future__ import annotations
 
@@ -8,51 +8,76 @@ import torch
 from torch import Tensor
 
 from fa3_ops.backends.backend import Backend, Run
-from fa3_ops.backends.call import Append
+from fa3_ops.backends.call import Append, Scatter
 from fa3_ops.backends.lowering.lengths import read, require, row_counts
+from fa3_ops.backends.lowering.quantise import quantised
 from fa3_ops.backends.lowering.rotary import check_positions, rotate
 from fa3_ops.backends.lowering.rows import sequence_of_row
 from fa3_ops.backends.written import apart
-from fa3_ops.ops.checks import writable
+from fa3_ops.ops.checks import narrows, writable
 
 
 @dataclass(frozen=True)
 class SlotWrites:
-    """Row i of k and v, (tokens, nheads_k, ...), goes to slot[i] of the caches, taken as
-    (entries * rows, nheads_k, ...); slot is int32."""
+    """Row i of k and v, (tokens, nheads_k, ...) of the caches' dtype, goes to slot[i] of the
+    caches, taken as (entries * rows, nheads_k, ...); to none where slot[i] is negative."""
 
     k: Tensor
     v: Tensor
-    slot: Tensor
+    slot: Tensor  # int32 or int64
+    every_row: bool  # known to be written: no slot is negative
 
 
-class WritesSlots(Backend[Append]):
-    """A backend of appends that takes them so."""
+class WritesSlots(Backend[Append | Scatter]):
+    """A backend of appends and scatters that takes them so."""
 
-    def is_bitwise(self, request: Append, run: Run) -> bool:
-        return request.rotary_cos is None  # then it copies
+    def is_bitwise(self, request: Append | Scatter, run: Run) -> bool:
+        return isinstance(request, Scatter) or request.rotary_cos is None  # it copies and divides
 
-    def lower(self, request: Append, run: Run) -> SlotWrites:
-        return slot_writes(request, run)
+    def lower(self, request: Append | Scatter, run: Run) -> SlotWrites:
+        writable(request.k_cache, "k_cache")
+        writable(request.v_cache, "v_cache")
+        k, v = (apart(x, request.k_cache, request.v_cache) for x in (request.k, request.v))
+        request = replace(request, k=k, v=v)
+        _check_shapes(request)
+        return _scatter(request) if isinstance(request, Scatter) else _append(request, run)
 
 
-def slot_writes(a: Append, run: Run) -> SlotWrites:
+def _scatter(a: Scatter) -> SlotWrites:
+    """Nothing waits for a device to look at slots: there, one behind the end is skipped too."""
+    slot = a.slot_mapping
+    capacity = a.k_cache.shape[:2].numel()
+    if slot.device.type == "cpu":
+        for i in (slot >= capacity).nonzero().flatten()[:1].tolist():
+            require(
+                False,
+                f"slot_mapping[{i}] must be less than the {capacity} slots of the cache, "
+                f"got {slot[i]}",
+            )
+    return SlotWrites(
+        quantised(a.k[: len(slot)], a.k_cache.dtype, a.k_descale, None),
+        quantised(a.v[: len(slot)], a.v_cache.dtype, a.v_descale, None),
+        torch.where(slot < capacity, slot, -1),
+        every_row=False,
+    )
+
+
+def _append(a: Append, run: Run) -> SlotWrites:
     """Where the host may wait, all values are checked on it before anything is written; elsewhere,
     rows that do not fit are left out."""
-    writable(a.k_cache, "k_cache")
-    writable(a.v_cache, "v_cache")
-    a = replace(a, k=apart(a.k, a.k_cache, a.v_cache), v=apart(a.v, a.k_cache, a.v_cache))
-    _check_shapes(a)
     if a.k.numel() == 0:
-        return SlotWrites(a.k.flatten(0, -3), a.v.flatten(0, -3), a.cache_seqlens.new_empty((0,)))
-    slot, written = _slots(a)
-    every_row = run.host_may_wait and sum(_check_values(a, slot, written)) == slot.shape[0]
-    if a.rotary_cos is not None and a.rotary_sin is not None:
-        tables = (a.rotary_cos, a.rotary_sin, _first_positions(a))
-        a = replace(a, k=rotate(a.k, *tables, a.cu_seqlens_k_new, a.rotary_interleaved))
-    if every_row:
-        return SlotWrites(a.k.flatten(0, -3), a.v.flatten(0, -3), slot)
-    return _only_written(a, slot, written)
+        slot, every_row = a.cache_seqlens.new_empty((0,)), True
+    else:
+        slot, written = _slots(a)
+        every_row = run.host_may_wait and sum(_check_values(a, slot, written)) == slot.shape[0]
+        slot = slot if every_row else torch.where(written, slot, -1)
+        if a.rotary_cos is not None and a.rotary_sin is not None:
+            tables = (a.rotary_cos, a.rotary_sin, _first_positions(a))
+            a = replace(a, k=rotate(a.k, *tables, a.cu_seqlens_k_new, a.rotary_interleaved))
+    cu = a.cu_seqlens_k_new
+    k = quantised(a.k, a.k_cache.dtype, a.k_descale, cu)
+    v = quantised(a.v, a.v_cache.dtype, a.v_descale, cu)
+    return SlotWrites(k.flatten(0, -3), v.flatten(0, -3), slot, every_row)
 
 
 def _first_positions(a: Append) -> Tensor:
@@ -60,10 +85,10 @@ def _first_positions(a: Append) -> Tensor:
     return a.cache_seqlens if a.rotary_seqlens is None else a.rotary_seqlens
 
 
-def _check_shapes(a: Append) -> None:
+def _check_shapes(a: Append | Scatter) -> None:
     for name, x, cache in (("k", a.k, a.k_cache), ("v", a.v, a.v_cache)):
         require(
-            x.shape[-2:] == cache.shape[2:] and x.dtype == cache.dtype,
+            x.shape[-2:] == cache.shape[2:] and (x.dtype == cache.dtype or narrows(x, cache)),
             f"{name} must have the heads, headdim and dtype of its cache, got {tuple(x.shape)} "
             f"{x.dtype} for {tuple(cache.shape)} {cache.dtype}",
         )
@@ -138,17 +163,3 @@ def _check_pages(
                 0 <= page < num_pages,
                 f"page_table[{entry}, {i}] must be in [0, {num_pages}), got {page}",
             )
-
-
-def _only_written(a: Append, slot: Tensor, written: Tensor) -> SlotWrites:
-    """Slots, k and v in which the rows that must not be written repeat one that is, or, if there is
-    none, what the cache holds: no shape depends on a value."""
-    k, v = a.k.flatten(0, -3), a.v.flatten(0, -3)
-    donor = written.int().argmax()
-    token = torch.arange(slot.shape[0], device=slot.device)
-    source = torch.where(written, token, donor)
-    slot = slot[source]
-    page, row = (slot // a.k_cache.shape[1]).long(), (slot % a.k_cache.shape[1]).long()
-    some = written.any()
-    k = torch.where(some, k[source], a.k_cache[page, row])
-    return SlotWrites(k, torch.where(some, v[source], a.v_cache[page, row]), slot)

@@ -8,7 +8,15 @@ from __future__ import annotations
 import torch
 
 from fa3_ops.backends import torch_ops
-from fa3_ops.backends.call import Append, Attention, Combination, Gradient, Plan, Rotation
+from fa3_ops.backends.call import (
+    Append,
+    Attention,
+    Combination,
+    Gradient,
+    Plan,
+    Rotation,
+    Scatter,
+)
 from fa3_ops.backends.devices import Device
 from fa3_ops.backends.npu import device
 from fa3_ops.backends.npu.flash_attn_npu import FlashAttnNpu
@@ -31,7 +39,8 @@ NPU = Device(
     backends={
         Attention: [FlashAttnNpu(), FusedInferAttention(), torch_ops.TorchAttention()],
         Gradient: [FlashAttnNpuGradient(), torch_ops.TorchGradient()],
-        Append: [ScatterPaKvCache(), torch_ops.TorchAppend()],
+        Append: [ScatterPaKvCache(), torch_ops.TorchWrites()],
+        Scatter: [ScatterPaKvCache(), torch_ops.TorchWrites()],
         Rotation: [torch_ops.TorchRotation()],
         Combination: [torch_ops.TorchCombination()],
         Plan: [FlashAttnNpuPlan()],

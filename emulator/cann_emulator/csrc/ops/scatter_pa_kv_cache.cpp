@@ -1,5 +1,6 @@
 // aclnnScatterPaKvCache with cache_mode "Norm": writes key and value tokens to slots of a paged
-// cache (num_blocks, block_size, nheads, headdim). What CANN documents as unsupported is refused.
+// cache (num_blocks, block_size, nheads, headdim), and skips negative slots, as op-plugin's own
+// test of it expects. What CANN documents as unsupported is refused.
 #include <cstring>
 
 #include "aclnn.h"
@@ -20,8 +21,9 @@ void write(const Tensor& tokens, const Tensor& cache, const Tensor& slots) {
   // Last to first: for a slot that occurs twice CANN promises nothing, so neither must a caller
   // that expects the last write to win get it.
   for (int64_t i = slots.numel() - 1; i >= 0; --i) {
-    TORCH_CHECK(0 <= slot[i] && slot[i] < rows.size(0), "aclnnScatterPaKvCache: slot ", slot[i],
-                " of token ", i, " is outside [0, ", rows.size(0), ")");
+    if (slot[i] < 0) continue;
+    TORCH_CHECK(slot[i] < rows.size(0), "aclnnScatterPaKvCache: slot ", slot[i], " of token ", i,
+                " is outside [0, ", rows.size(0), ")");
     rows[slot[i]].copy_(tokens[i]);
   }
 }

@@ -1,7 +1,8 @@
 """Converters from our operators to CANN's graph engine (GE), for torchair's backend "npu".
 
-torchair.py imports this file once torchair is loaded. kvcache_append_ becomes ScatterPaKvCache,
-which writes the caches in place, and attention FusedInferAttentionScore (attention.py).
+torchair.py imports this file once torchair is loaded. kvcache_append_ and kvcache_scatter_ become
+ScatterPaKvCache, which writes the caches in place, attention FusedInferAttentionScore
+(attention.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fa3_ops.backends.npu.ge.graph import (
     concat,
     framed,
     full_like,
+    int64,
     refuse,
     sequence_of_row,
     size,
@@ -36,12 +38,31 @@ def kvcache_append(a: SimpleNamespace) -> None:
     if a.rotary_cos is not None:
         can = "flash_attn_with_kvcache rotates k before it"
         refuse("rotary_cos of kvcache_append_", can)
+    check_caches(a)
+    k, v = (Value(x).reshape(-1, static(x, -2), static(x, -1)) for x in (a.k, a.v))
+    scatter(a, k, v, slot_mapping(a))
+
+
+def kvcache_scatter(a: SimpleNamespace) -> None:
+    """A slot behind the end of the cache becomes a negative one, which is skipped."""
+    check_caches(a)
+    capacity = int64(static(a.k_cache, 0) * static(a.k_cache, 1))
+    slot = Value(a.slot_mapping).to(DataType.DT_INT64)
+    k, v = Value(a.k), Value(a.v)
+    if a.k.symsize[0] != a.slot_mapping.symsize[0]:  # the rows behind are padding
+        row = arange(0, size(a.slot_mapping, 0))
+        k, v = k[row], v[row]
+    scatter(a, k, v, where(slot < capacity, slot, int64(-1)))
+
+
+def check_caches(a: SimpleNamespace) -> None:
     for name, cache in (("k_cache", a.k_cache), ("v_cache", a.v_cache)):
         check_dtype(name, cache)
         if not cache.meta.is_contiguous():
             refuse(f"strides {cache.meta.stride()} of {name}", "it takes contiguous caches")
-    k, v = (Value(x).reshape(-1, static(x, -2), static(x, -1)) for x in (a.k, a.v))
-    slots = slot_mapping(a)
+
+
+def scatter(a: SimpleNamespace, k: Value, v: Value, slots: Value) -> None:
     custom_op(
         "ScatterPaKvCache",
         inputs={
@@ -122,7 +143,7 @@ def apply_rotary(a: SimpleNamespace) -> GeTensor:
 
 
 def refuse_operator(a: SimpleNamespace) -> None:
-    refuse(f"the operator {a.operator}", "it has attention, kvcache_append_ and apply_rotary")
+    refuse(f"the operator {a.operator}", "it has attention, the writes of caches and apply_rotary")
 
 
 CONVERTERS: dict[str, Callable[[SimpleNamespace], Any]] = {
@@ -130,6 +151,7 @@ CONVERTERS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "flash_attn_varlen_func": attention,
     "flash_attn_kvcache": attention,
     "kvcache_append_": kvcache_append,
+    "kvcache_scatter_": kvcache_scatter,
     "apply_rotary": apply_rotary,
     "flash_attn_func_backward": refuse_operator,
     "flash_attn_varlen_func.out": refuse_operator,

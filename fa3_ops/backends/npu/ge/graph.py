@@ -92,6 +92,10 @@ def arange(begin: int, end: Any) -> Value:
     return Value(ge.Range(tensor(begin), tensor(end), tensor(1)))
 
 
+def int64(n: int) -> Value:
+    return Value(ge.Const(n, dtype=DataType.DT_INT64))
+
+
 def full_like(x: Value, value: Any) -> Value:
     return Value(ge.Fill(ge.Shape(x.tensor), tensor(value)))
 

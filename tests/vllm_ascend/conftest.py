@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+sys.path += [str(ROOT / "compat" / "flash_attn_npu_v3"), str(ROOT / "tests" / "vllm")]
 
 if importlib.util.find_spec("vllm_ascend") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -30,7 +31,6 @@ else:
 
     cann_emulator.standin.use("0.4")
     cann_emulator.subprocesses.emulate()
-    sys.path += [str(ROOT / "compat" / "flash_attn_npu_v3"), str(ROOT / "tests" / "vllm")]
     import stand_ins
 
     stand_ins.install()

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import conftest  # noqa: F401, for the environment
 from tiny_models import VOCABULARY, make
 
 NEW_TOKENS = 12
@@ -35,7 +36,7 @@ def settings_of(**different: Any) -> dict[str, Any]:
         "block_size": 128,
         "enforce_eager": True,
         "disable_log_stats": True,
-        "logprobs_mode": "raw_logits",
+        "logprobs_mode": "raw_logprobs",
         "seed": 0,
     } | different
 
@@ -52,7 +53,7 @@ def main(file: str, folder: str, different: str) -> None:
     found = {
         "attention": sorted({type(x.impl).__name__ for x in layers if hasattr(x, "impl")}),
         "tokens": [list(x.outputs[0].token_ids) for x in said],
-        "logits": [
+        "logprobs": [
             [{str(t): x.logprob for t, x in step.items()} for step in answer.outputs[0].logprobs]
             for answer in said
         ],

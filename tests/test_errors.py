@@ -317,7 +317,7 @@ class TestWhereChecksLive:
                 page_table=ints(0, 3, 5, 6).view(2, 2),
             )
 
-    @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.complex64])
+    @pytest.mark.parametrize("dtype", [torch.int16, torch.uint8, torch.int32, torch.complex64])
     def test_leaves_refuse_dtypes_without_arithmetic(self, dtype: torch.dtype) -> None:
         """Elements of another size than float64's would be read and written outside the tensor."""
         text = "must be float64, float32, float16, bfloat16 or float8_e4m3fn, got "
@@ -326,8 +326,11 @@ class TestWhereChecksLive:
         with pytest.raises(RuntimeError, match=f"x {text}"):
             ops.apply_rotary(x, table, table, ints(0, 4))
         cache = torch.zeros(2, 8, 2, 16, dtype=dtype)
+        text = text.replace(" or float8_e4m3fn", ", float8_e4m3fn, float8_e5m2 or int8")
         with pytest.raises(RuntimeError, match=f"k_cache {text}"):
             ops.kvcache_append_(x, x, cache, cache.clone(), ints(0, 4))
+        with pytest.raises(RuntimeError, match=f"k_cache {text}"):
+            ops.kvcache_scatter_(x[0], x[0], cache, cache.clone(), ints(0, 4))
 
     @pytest.mark.parametrize(
         ("change", "text"),

@@ -61,20 +61,25 @@ std::string shape_of(const Tensor& t) {
   return text + (t.dim() == 1 ? ",)" : ")");
 }
 
+bool is_attention_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::Half ||
+         dtype == ScalarType::BFloat16 || dtype == ScalarType::Float8_e4m3fn;
+}
+
 void check_attention_dtype(const Tensor& t, const char* name) {
-  const ScalarType dtype = t.scalar_type();
-  FA3_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float ||
-                dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
-                dtype == ScalarType::Float8_e4m3fn,
-            name, " must be float64, float32, float16, bfloat16 or float8_e4m3fn, got ",
-            torch::headeronly::toString(dtype));
+  FA3_CHECK(is_attention_dtype(t.scalar_type()), name,
+            " must be float64, float32, float16, bfloat16 or float8_e4m3fn, got ",
+            torch::headeronly::toString(t.scalar_type()));
 }
 
 bool is_narrow(ScalarType dtype) { return element_size(dtype) == 1; }
 
 void check_cache_dtype(const Tensor& t, const char* name) {
   const ScalarType dtype = t.scalar_type();
-  if (dtype != ScalarType::Float8_e5m2 && dtype != ScalarType::Char) check_attention_dtype(t, name);
+  FA3_CHECK(
+      is_attention_dtype(dtype) || dtype == ScalarType::Float8_e5m2 || dtype == ScalarType::Char,
+      name, " must be float64, float32, float16, bfloat16, float8_e4m3fn, float8_e5m2 or ",
+      "int8, got ", torch::headeronly::toString(dtype));
 }
 
 Scalars descales_of(const MaybeTensor& t, std::optional<int64_t> batch_size, int64_t nheads_k,

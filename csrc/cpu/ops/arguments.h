@@ -22,6 +22,7 @@ using MaybeTensor = std::optional<Tensor>;
 std::string shape_of(const Tensor& t);
 int64_t element_size(ScalarType dtype);  // in bytes
 
+bool is_attention_dtype(ScalarType dtype);
 void check_attention_dtype(const Tensor& t, const char* name);
 
 // A cache may also be narrow, of float8_e5m2 or int8; float8_e4m3fn is both.

@@ -22,6 +22,10 @@ FORWARD_DTYPES = (
     torch.float64,
     torch.float8_e4m3fn,
 )
+# Of caches beside a q of one of these.
+NARROW_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+WIDE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INT8_UNIT = 1 / 32  # a number of an int8 cache, before its descale
 SIZES = st.integers(1, 40)
 HEADDIMS = st.tuples(SIZES, SIZES)  # (headdim, headdim_v)
 # Rounded once from float32: half an ulp of the result, plus float32's own error.
@@ -74,7 +78,9 @@ def assert_lse(got: Tensor, want: Tensor, slack: float | None = None) -> None:
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=slack)
 
 
-LAYOUTS = ("contiguous", "padded", "heads first", "first strided", "last strided")
+LAYOUTS = (
+    *("contiguous", "padded", "heads first", "first strided", "side by side", "last strided"),
+)
 
 
 def memory(draw: Any, shape: tuple[int, ...], dtype: torch.dtype, any_last: bool = True) -> Tensor:
@@ -82,7 +88,7 @@ def memory(draw: Any, shape: tuple[int, ...], dtype: torch.dtype, any_last: bool
     layout = draw(st.sampled_from(LAYOUTS if any_last else LAYOUTS[:-1]))
 
     def nan(*size: int) -> Tensor:
-        return torch.full(size, float("nan"), dtype=torch.float32).to(dtype)
+        return narrowed(torch.full(size, float("nan")), dtype)
 
     if layout == "padded":
         wide = nan(*shape[:-2], shape[-2] + 1, shape[-1] + 3)
@@ -91,13 +97,30 @@ def memory(draw: Any, shape: tuple[int, ...], dtype: torch.dtype, any_last: bool
         return nan(*shape[:-3], shape[-2], shape[-3], shape[-1]).transpose(-3, -2)
     if layout == "first strided":  # as K and V of one cache, (num_pages, 2, ...)
         return nan(shape[0], 2, *shape[1:])[:, 1]
+    if layout == "side by side":  # (num_pages, nheads_k, page_size, headdim + headdim_v)
+        wide = nan(*shape[:-3], shape[-2], shape[-3], 2 * shape[-1] + 1)
+        return wide.transpose(-3, -2)[..., : shape[-1]]
     if layout == "last strided":
         return nan(*shape[:-1], 2 * shape[-1])[..., ::2]
     return nan(*shape)
 
 
 def tensor(draw: Any, shape: tuple[int, ...], dtype: torch.dtype, any_last: bool = True) -> Tensor:
-    return memory(draw, shape, dtype, any_last).copy_(torch.randn(shape))
+    return memory(draw, shape, dtype, any_last).copy_(narrowed(torch.randn(shape), dtype))
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in dtype, of int8 in its units; there is no NaN among them: the greatest number stands for
+    it."""
+    if dtype == torch.int8:
+        x = (x / INT8_UNIT).nan_to_num(127).round().clamp(-128, 127)
+    return x.to(dtype)
+
+
+def cache_dtype(draw: Any, dtype: torch.dtype) -> torch.dtype:
+    """Of k and v beside a q of dtype: mostly the same."""
+    narrow = dtype in WIDE_DTYPES and draw(st.sampled_from([False, False, True]))
+    return draw(st.sampled_from(NARROW_DTYPES)) if narrow else dtype
 
 
 def lengths(draw: Any, batch: int, most: int) -> Tensor:
@@ -123,7 +146,13 @@ def masks(draw: Any, most: int = 45) -> dict[str, Any]:
     }
 
 
-def extras(draw: Any, batch: int, heads: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+def extras(
+    draw: Any,
+    batch: int,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    cache: torch.dtype | None = None,
+) -> dict[str, Any]:
     nheads, nheads_k = heads
     chosen: dict[str, Any] = {}
     kind = draw(st.sampled_from(["none", "(h,)", "(b, h)"]))
@@ -134,11 +163,21 @@ def extras(draw: Any, batch: int, heads: tuple[int, int], dtype: torch.dtype) ->
         chosen["sinks"] = torch.randn(nheads).to(draw(st.sampled_from([torch.float32, dtype])))
         if dtype == torch.float8_e4m3fn:
             chosen["sinks"] = chosen["sinks"].to(torch.bfloat16)
-    # Serving code passes descales whatever the dtype is; they count for FP8 alone.
+    # Serving code passes descales whatever the dtype is; they count for narrow ones alone.
     for name in ("q_descale", "k_descale", "v_descale"):
-        if draw(st.booleans()):
-            chosen[name] = 0.5 + torch.rand(1, nheads_k).expand(batch, nheads_k)
+        if cache == torch.int8 or draw(st.booleans()):
+            chosen[name] = descale(draw, batch, nheads_k)
+            if cache == torch.int8:
+                chosen[name] *= INT8_UNIT
     return chosen
+
+
+def descale(draw: Any, batch: int, nheads_k: int) -> Tensor:
+    """In any of its shapes, now and then strided."""
+    shapes = [(batch, nheads_k), (nheads_k,), (1,), ()]
+    shape = draw(st.sampled_from(shapes))
+    factors = 0.5 + torch.rand(*shape, 2) / 2
+    return factors[..., 0] if draw(st.booleans()) else factors[..., 0].contiguous()
 
 
 def heads(draw: Any) -> tuple[int, int]:
@@ -151,17 +190,19 @@ def dense_calls(
     draw: Any,
     dtypes: tuple[torch.dtype, ...] = FORWARD_DTYPES,
     headdims: st.SearchStrategy[tuple[int, int]] = HEADDIMS,
+    narrow: bool = True,
 ) -> dict[str, Any]:
     torch.manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(dtypes))
     batch, seqlen_q, seqlen_k = draw(st.integers(0, 3)), draw(st.integers(0, 40)), draw(SIZES)
     (nheads, nheads_k), (d, dv) = heads(draw), draw(headdims)
+    of_keys = cache_dtype(draw, dtype) if narrow else dtype
     call = {
         "q": tensor(draw, (batch, seqlen_q, nheads, d), dtype),
-        "k": tensor(draw, (batch, seqlen_k, nheads_k, d), dtype),
-        "v": tensor(draw, (batch, seqlen_k, nheads_k, dv), dtype),
+        "k": tensor(draw, (batch, seqlen_k, nheads_k, d), of_keys),
+        "v": tensor(draw, (batch, seqlen_k, nheads_k, dv), of_keys),
         **masks(draw),
-        **extras(draw, batch, (nheads, nheads_k), dtype),
+        **extras(draw, batch, (nheads, nheads_k), dtype, of_keys),
     }
     if draw(st.booleans()):
         call["qv"] = tensor(draw, (batch, seqlen_q, nheads, dv), dtype)
@@ -173,6 +214,7 @@ def varlen_calls(
     draw: Any,
     dtypes: tuple[torch.dtype, ...] = FORWARD_DTYPES,
     headdims: st.SearchStrategy[tuple[int, int]] = HEADDIMS,
+    narrow: bool = True,
 ) -> dict[str, Any]:
     torch.manual_seed(draw(st.integers(0, 2**31)))
     dtype, batch = draw(st.sampled_from(dtypes)), draw(st.integers(0, 4))
@@ -183,14 +225,15 @@ def varlen_calls(
     cu_seqlens_k = cumulative(seqlens_k, draw(st.integers(0, 2)))
     total_q = int(cu_seqlens_q[-1]) + draw(st.integers(0, 2))
     total_k = int(cu_seqlens_k[-1]) + draw(st.integers(0, 2))
+    of_keys = cache_dtype(draw, dtype) if narrow else dtype
     call = {
         "q": tensor(draw, (total_q, nheads, d), dtype),
-        "k": tensor(draw, (total_k, nheads_k, d), dtype),
-        "v": tensor(draw, (total_k, nheads_k, dv), dtype),
+        "k": tensor(draw, (total_k, nheads_k, d), of_keys),
+        "v": tensor(draw, (total_k, nheads_k, dv), of_keys),
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
         **masks(draw),
-        **extras(draw, batch, (nheads, nheads_k), dtype),
+        **extras(draw, batch, (nheads, nheads_k), dtype, of_keys),
     }
     if draw(st.booleans()):
         call["qv"] = tensor(draw, (total_q, nheads, dv), dtype)
@@ -206,13 +249,19 @@ def kvcache_calls(
     draw: Any,
     dtypes: tuple[torch.dtype, ...] = FORWARD_DTYPES,
     headdims: st.SearchStrategy[tuple[int, int]] = HEADDIMS,
+    narrow: bool = True,
 ) -> dict[str, Any]:
     torch.manual_seed(draw(st.integers(0, 2**31)))
     dtype, batch = draw(st.sampled_from(dtypes)), draw(st.integers(0, 4))
     (nheads, nheads_k), (d, dv) = heads(draw), draw(headdims)
     capacity = draw(st.integers(1, 90))
     entries = batch + draw(st.integers(0, 2))
-    call: dict[str, Any] = {**masks(draw), **extras(draw, batch, (nheads, nheads_k), dtype)}
+    appends = draw(st.booleans())
+    of_keys = cache_dtype(draw, dtype) if narrow and not appends else dtype
+    call: dict[str, Any] = {
+        **masks(draw),
+        **extras(draw, batch, (nheads, nheads_k), dtype, of_keys),
+    }
 
     if entries > batch or draw(st.booleans()):
         call["cache_batch_idx"] = torch.randperm(entries)[:batch].int()
@@ -227,11 +276,11 @@ def kvcache_calls(
         rows = (pages, page_size)
     else:
         rows = (entries, capacity)
-    k_cache = tensor(draw, (*rows, nheads_k, d), dtype, any_last=False)
-    v_cache = tensor(draw, (*rows, nheads_k, dv), dtype, any_last=False)
+    k_cache = tensor(draw, (*rows, nheads_k, d), of_keys, any_last=False)
+    v_cache = tensor(draw, (*rows, nheads_k, dv), of_keys, any_last=False)
 
     new_lengths = torch.zeros(batch, dtype=torch.int32)
-    if draw(st.booleans()):  # append
+    if appends:
         if draw(st.booleans()):
             new_lengths = lengths(draw, batch, capacity)
             call["cu_seqlens_k_new"] = cumulative(new_lengths)
@@ -311,4 +360,5 @@ def hide_pages(call: dict[str, Any]) -> None:
 
 
 def poison(cache: Tensor, owned: Tensor) -> Tensor:
-    return torch.where(owned[..., None, None], cache.float(), float("nan")).to(cache.dtype)
+    x = torch.where(owned[..., None, None], cache.float(), float("nan"))
+    return (x.nan_to_num(127) if cache.dtype == torch.int8 else x).to(cache.dtype)

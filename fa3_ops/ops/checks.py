@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float64)
+# Of k and v beside a q of 16 or 32 bits, times a descale.
+NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+WIDE = (torch.float32, torch.float16, torch.bfloat16)
 METADATA_DTYPES = (torch.int32, torch.uint8)
 MAX_HEADDIM = 512
 OPTIONAL = (
@@ -223,8 +226,8 @@ def attention(
     if q_dtype not in DTYPES:
         names = ", ".join(str(d) for d in DTYPES)
         raise TypeError(f"q must have one of the dtypes {names}, got {q_dtype}")
-    dtype(k, q_dtype, k_name, " like q")
-    dtype(v, q_dtype, v_name, " like q")
+    if k.dtype is not q_dtype or v.dtype is not q_dtype:
+        _narrow(q, k, v, k_name, v_name)
     others = (
         k,
         v,
@@ -266,7 +269,13 @@ def attention(
     lengths(cache_batch_idx, batch_size, "cache_batch_idx")
     lengths(cache_leftpad, batch_size, "cache_leftpad")
     if not (q_descale is k_descale is v_descale is scheduler_metadata is None):
-        _descales(q, (batch_size, nheads_k), q_descale, k_descale, v_descale, scheduler_metadata)
+        descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+        same_device(q, descales | {"scheduler_metadata": scheduler_metadata})
+        for x, name in ((q, "q_descale"), (k, "k_descale"), (v, "v_descale")):
+            if x.dtype in NARROW:
+                descale(descales[name], batch_size, nheads_k, name)
+        if scheduler_metadata is not None:
+            _metadata(scheduler_metadata)
     if not (qv is alibi_slopes is sinks is None):
         _extras(q, v, batch_size, qv, alibi_slopes, sinks)
     if out is not None:
@@ -311,24 +320,31 @@ def _refuse_heads(
     raise ValueError(f"{wrong} must be in [1, {MAX_HEADDIM}], got {n}")
 
 
-def _descales(
-    q: Tensor,
-    expected: tuple[object, ...],
-    q_descale: Tensor | None,
-    k_descale: Tensor | None,
-    v_descale: Tensor | None,
-    scheduler_metadata: Tensor | None,
-) -> None:
-    descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
-    same_device(q, descales | {"scheduler_metadata": scheduler_metadata})
-    for name, t in descales.items():
-        if t is not None and q.dtype is torch.float8_e4m3fn:
-            dtype(t, torch.float32, name)
-            shape(t, expected, name)
-    if scheduler_metadata is not None and scheduler_metadata.dtype not in METADATA_DTYPES:
+def _narrow(q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: str) -> None:
+    """k and v that have not both q's dtype: they share a narrow one."""
+    if q.dtype not in WIDE or k.dtype not in NARROW:
+        instead = f", or one of {', '.join(map(str, NARROW))}" if q.dtype in WIDE else ""
+        dtype(k, q.dtype, k_name, f" like q{instead}")
+    dtype(v, k.dtype, v_name, " like q" if k.dtype is q.dtype else f" like {k_name}")
+
+
+def descale(t: Tensor | None, batch_size: int, nheads_k: int, name: str) -> None:
+    """Factors by sequence and KV head, by KV head, or one for all."""
+    if t is None:
+        return
+    dtype(t, torch.float32, name)
+    sizes = tuple(t.shape)
+    if sizes not in ((), (1,), (nheads_k,), (batch_size, nheads_k)):
+        raise ValueError(
+            f"{name} must have shape ({batch_size}, {nheads_k}), ({nheads_k},), (1,) or (), "
+            f"got {sizes}"
+        )
+
+
+def _metadata(t: Tensor) -> None:
+    if t.dtype not in METADATA_DTYPES:
         raise TypeError(
-            "scheduler_metadata must have dtype torch.int32 or torch.uint8, "
-            f"got {scheduler_metadata.dtype}"
+            f"scheduler_metadata must have dtype torch.int32 or torch.uint8, got {t.dtype}"
         )
 
 

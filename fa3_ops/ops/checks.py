@@ -229,14 +229,7 @@ def attention(
     if k.dtype is not q_dtype or v.dtype is not q_dtype:
         _narrow(q, k, v, k_name, v_name)
     others = (
-        k,
-        v,
-        seqused_k,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_q,
-        cache_batch_idx,
-        cache_leftpad,
+        k, v, seqused_k, cu_seqlens_q, cu_seqlens_k, seqused_q, cache_batch_idx, cache_leftpad,
         page_table,
     )  # fmt: skip
     for t in others:
@@ -269,11 +262,11 @@ def attention(
     lengths(cache_batch_idx, batch_size, "cache_batch_idx")
     lengths(cache_leftpad, batch_size, "cache_leftpad")
     if not (q_descale is k_descale is v_descale is scheduler_metadata is None):
-        descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
-        same_device(q, descales | {"scheduler_metadata": scheduler_metadata})
-        for x, name in ((q, "q_descale"), (k, "k_descale"), (v, "v_descale")):
+        given = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+        same_device(q, given | {"scheduler_metadata": scheduler_metadata})
+        for x, (name, t) in zip((q, k, v), given.items(), strict=True):
             if x.dtype in NARROW:
-                descale(descales[name], batch_size, nheads_k, name)
+                descale(t, batch_size, nheads_k, name)
         if scheduler_metadata is not None:
             _metadata(scheduler_metadata)
     if not (qv is alibi_slopes is sinks is None):

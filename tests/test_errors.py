@@ -212,6 +212,14 @@ out with gradients: out must be None where a gradient is needed, got a tensor"""
             "batch of the cache": cached(k_cache=rand(3, 8, 2, 16), v_cache=rand(3, 8, 2, 16)),
             "cache_batch_idx": cached(cache_batch_idx=ints(0, 2)),
             "negative cache_batch_idx": cached(cache_batch_idx=ints(0, -1)),
+            "a length too few": paged(
+                q=rand(3, 4, 16),
+                cu_seqlens_q=ints(0, 1, 2, 3),
+                max_seqlen_q=1,
+                page_table=ints(0, 3, 5, 1, 2, 4).view(3, 2),
+                k=None,
+                v=None,
+            ),
             "strided cache": cached(k_cache=rand(2, 8, 2, 32)[..., ::2]),
             "rotary without k": cached(rotary_cos=rotary(8, 8)[0]),
             "v without k": cached(v=rand(2, 3, 2, 16)),
@@ -234,6 +242,7 @@ v of other pages: v_cache must have shape (6, 4, 2, headdim_v), got (5, 4, 2, 16
 batch of the cache: k_cache must have shape (2, seqlen_k, nheads_k, 16), got (3, 8, 2, 16)
 cache_batch_idx: cache_batch_idx[1] must be in [0, 2), got 2
 negative cache_batch_idx: cache_batch_idx[1] must be in [0, 2), got -1
+a length too few: cache_seqlens must have shape (3,), got (2,): a dummy sequence that pads cu_seqlens_q must have a length too, 0 for none, or be cut off
 strided cache: k_cache must have a contiguous last dimension, got stride 2
 rotary without k: rotary_cos must come with new keys k, got k=None
 v without k: v must come with new keys k, got k=None

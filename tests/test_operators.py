@@ -678,6 +678,40 @@ class TestGetSchedulerMetadata:
         )
         assert longer.tolist() == [1, 1, 2, 2]
 
+    def test_lengths_behind_the_batch_are_padding(self) -> None:
+        """Servers pass the tensors of their largest batch, of which the first sequences count."""
+        for seqlens in (ints(1024, 1025, 77, -5), ints(9, 1024, 0, 1025, 0, 77, 0, -5)[1::2]):
+            got = fa3_ops.get_scheduler_metadata(
+                *(2, 1, 2048, 8, 2, 64, seqlens), cu_seqlens_q=ints(0, 1, 2, 9, 4), num_splits=0
+            )
+            assert got.tolist() == [1, 2, 0, 0]
+        got = fa3_ops.get_scheduler_metadata(
+            *(2, 1, 2048, 8, 2, 64, ints(1024, 1025, 77)),
+            cu_seqlens_k_new=ints(0, 1, 1, 9),
+            cache_leftpad=ints(0, 1, 5),
+        )
+        assert got.tolist() == [2, 1, 0]
+
+    @pytest.mark.parametrize(
+        ("lengths", "text"),
+        [
+            ({}, r"cache_seqlens must have at least 4 elements, got shape \(3,\)"),
+            ({"cache_seqlens": ints(1, 2, 3, 4).view(2, 2)}, r"cache_seqlens .* shape \(2, 2\)"),
+            ({"cu_seqlens_q": ints(0, 1, 2, 3)}, "cu_seqlens_q must have at least 5 elements"),
+            ({"cu_seqlens_k_new": ints(0)}, "cu_seqlens_k_new must have at least 5 elements"),
+            ({"cache_leftpad": ints(0, 0, 0)}, "cache_leftpad must have at least 4 elements"),
+        ],
+    )
+    def test_too_few_lengths(self, lengths: dict[str, Tensor], text: str) -> None:
+        enough = {} if not lengths else {"cache_seqlens": ints(1, 2, 3, 4)}
+        call = {"cache_seqlens": ints(1, 2, 3)} | enough | lengths
+        with pytest.raises(ValueError, match=text):
+            fa3_ops.get_scheduler_metadata(4, 1, 2048, 8, 2, 64, **call)
+        if "cu_seqlens_q" not in lengths:  # which nothing reads on CPU
+            seqlens = call.pop("cache_seqlens")
+            with pytest.raises(RuntimeError, match=text):
+                ops.get_scheduler_metadata(4, 1, 9, 8, 2, 64, seqlens, torch.half, **call)
+
 
 class TestBitwise:
     """A row has the same bits however its sequence was computed."""

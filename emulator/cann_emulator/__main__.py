@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import standin
+from . import standin, subprocesses
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,6 +53,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main() -> None:
     options = parser().parse_args()
+    subprocesses.emulate()
     said = f"the npu is emulated ({torch.npu.device_count()} x {torch.npu.get_device_name(0)})"
     if options.flash_attn_npu != "none":
         standin.use(options.flash_attn_npu)

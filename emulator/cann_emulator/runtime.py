@@ -41,7 +41,7 @@ for _name in ("opapi", "nnopbase"):  # torch_npu opens these by name, and finds 
 with contextlib.redirect_stdout(sys.stderr):  # torch_npu prints that there is no CANN
     import torch_npu  # noqa: F401
 
-from . import allocator, aten, ir  # noqa: E402
+from . import allocator, atb, aten, ir  # noqa: E402
 
 _RunFn = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)
 _DestroyFn = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -129,5 +129,6 @@ def _check(code: int) -> None:
 if os.environ.get("PYTORCH_NO_NPU_MEMORY_CACHING") == "1":
     allocator.install()
 aten.install()
+atb.install()
 for _op in ir.REGISTERED:
     register_ir(_op, **ir.definition(_op))

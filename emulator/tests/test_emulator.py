@@ -156,10 +156,12 @@ def test_generators_are_seeded_saved_and_restored():
 
 def test_ops_without_an_emulation_fail_by_name():
     x = torch.ones(2, 4, device="npu")
-    with pytest.raises(RuntimeError, match="RmsNorm"):
-        torch_npu.npu_rms_norm(x, x[0])
-    with pytest.raises(RuntimeError, match="aclnnSwiGlu"):
-        torch_npu.npu_swiglu(x)
+    with pytest.raises(RuntimeError, match="Mish"):
+        torch_npu.npu_mish(x)
+    with pytest.raises(RuntimeError, match="aclnnGeluV2"):
+        torch_npu.npu_gelu(x)
+    with pytest.raises(RuntimeError, match="CreateOperation.*QuantRmsNorm|RmsNormParam"):
+        torch.ops.atb._npu_quant_rms_norm(x, x[0], x[0], x[0], x[0], 1e-6)
     assert (x + 1).sum().item() == 16
 
 

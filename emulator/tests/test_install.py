@@ -21,8 +21,8 @@ def install_with_the_operator_of_the_readme(folder: Path) -> Path:
     source, site = folder / "source", folder / "site"
     shutil.copytree(DISTRIBUTION, source, ignore=shutil.ignore_patterns("build", "*.egg-info"))
     readme = (source / "README.md").read_text()
-    swiglu = readme.partition("```cpp\n")[2].partition("```\n")[0]
-    (source / "cann_emulator" / "csrc" / "ops" / "swiglu.cpp").write_text(swiglu)
+    gelu = readme.partition("```cpp\n")[2].partition("```\n")[0]
+    (source / "cann_emulator" / "csrc" / "ops" / "fast_gelu.cpp").write_text(gelu)
     offline = ("--no-index", "--no-build-isolation", "--no-deps", "--target", site)
     done = run(sys.executable, "-m", "pip", "install", *offline, source, where=folder)
     assert done.returncode == 0, done.stderr
@@ -38,9 +38,9 @@ print((torch.ones(2, device="npu") + 1).tolist(), sys.argv)
 print(cann_emulator.__file__)
 print(importlib.metadata.version("flash_attn_npu"), flash_attn_npu_3.__version__)
 x = torch.arange(4.0)
-swiglu = torch_npu.npu_swiglu(x.npu()).cpu()
-print(torch.allclose(swiglu, torch.nn.functional.silu(x[:2]) * x[2:]))
-torch_npu.npu_swiglu(x[:3].npu())
+gelu = torch_npu.npu_fast_gelu(x.npu()).cpu()
+print(torch.allclose(gelu, x * torch.sigmoid(1.702 * x)))
+torch_npu.npu_fast_gelu(x.int().npu())
 """
     )
     command = (installed / "bin" / "cann_emulator", "script.py", "--device", "npu")
@@ -52,7 +52,7 @@ torch_npu.npu_swiglu(x[:3].npu())
         "0.4.2.post1 0.4.2.post1",
         "True",
     ]
-    assert "aclnnSwiGlu: x must have two equal halves" in done.stderr
+    assert "aclnnFastGelu: x must be of a float type" in done.stderr
 
 
 NO_HEADER = "c++ -include no-such-header"
@@ -115,3 +115,9 @@ def test_a_script_and_a_module_get_their_arguments_and_folder(tmp_path: Path) ->
         f"__main__ {['folder/script.py', *arguments]}",
     ]
     assert output("-m", "beside", "-c", where=folder) == "__main__ ['-c']\n"
+
+
+def test_the_processes_of_a_script_have_npus_too(tmp_path: Path) -> None:
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
+    inner = "import torch; print((torch.ones(2, device='npu') + 1).tolist())"
+    assert output("-c", code, inner, where=tmp_path) == "[2.0, 2.0]\n"

@@ -24,8 +24,8 @@ def _as_it_is(call: Attention, run: Any) -> Attention:
     return call
 
 
-def _one_number_per_sequence(like: Tensor, batch_size: int, packed: bool) -> Tensor:
-    return like.new_empty((batch_size,), dtype=torch.int32)
+def _one_number_per_sequence(cache_seqlens: Tensor) -> Tensor:
+    return torch.empty_like(cache_seqlens, memory_format=torch.contiguous_format)
 
 
 @dataclass
@@ -43,9 +43,8 @@ class Device:
     constant: Callable[[Callable[[torch.device], Tensor], torch.device], Tensor] = _made_anew
     # What is done to an attention before any of its backends is asked.
     prepare: Callable[[Attention, Any], Attention] = _as_it_is
-    # An unwritten result of get_scheduler_metadata, from cache_seqlens, batch_size and whether q is
-    # packed.
-    plan: Callable[[Tensor, int, bool], Tensor] = _one_number_per_sequence
+    # An unwritten result of get_scheduler_metadata, from cache_seqlens.
+    plan: Callable[[Tensor], Tensor] = _one_number_per_sequence
     # The backends of each kind of request, best first.
     backends: dict[type[Request], list[Any]] = field(default_factory=dict)
 

@@ -102,6 +102,15 @@ def lengths(t: Tensor | None, size: object, name: str) -> None:
         shape(t, (size,), name)
 
 
+def lengths_at_least(t: Tensor | None, least: object, name: str) -> None:
+    """An optional int32 vector, of which what lies behind counts for nothing."""
+    if t is None:
+        return
+    dtype(t, torch.int32, name)
+    if t.dim() != 1 or t.shape[0] < least:  # type: ignore[operator]
+        raise ValueError(f"{name} must have at least {least} elements, got shape {tuple(t.shape)}")
+
+
 def values(t: Tensor | None) -> list[int] | None:
     """The values of a CPU tensor, or None where looking would synchronise or is impossible."""
     if t is None or type(t) is not torch.Tensor or torch.compiler.is_compiling():
@@ -258,6 +267,8 @@ def attention(
         _refuse_heads(nheads, nheads_k, headdim, headdim_v, k_name)
 
     lengths(seqused_q, batch_size, "seqused_q")
+    if cu_seqlens_q is not None:
+        _no_dummy_row(seqused_k, batch_size, seqused_k_name)
     lengths(seqused_k, batch_size, seqused_k_name)
     lengths(cache_batch_idx, batch_size, "cache_batch_idx")
     lengths(cache_leftpad, batch_size, "cache_leftpad")
@@ -279,6 +290,15 @@ def attention(
             f"num_splits must be at least 0 (0: chosen for you) or -1 (no split), got {num_splits}"
         )
     return batch_size
+
+
+def _no_dummy_row(seqused_k: Tensor | None, batch_size: int, name: str) -> None:
+    """Servers on Ascend pad a batch with a sequence of which there may be an offset alone."""
+    if seqused_k is not None and seqused_k.dim() == 1 and seqused_k.shape[0] == batch_size - 1:
+        raise ValueError(
+            f"{name} must have shape ({batch_size},), got ({batch_size - 1},): a dummy sequence "
+            "that pads cu_seqlens_q must have a length too, 0 for none, or be cut off"
+        )
 
 
 def _rows(q: Tensor, cu_seqlens_q: Tensor | None, max_seqlen_q: int | None) -> tuple[int, int, int]:

@@ -164,6 +164,133 @@ def test_padded_mixed_batches() -> None:
         assert_lse(softmax_lse, want_lse, torch.float16)
 
 
+@pytest.mark.parametrize("num_splits", [0, 1, 4])
+def test_metadata_copied_from_a_plan_for_other_lengths(num_splits: int) -> None:
+    """How the keys are cut is baked into metadata, and what a graph has recorded of the kernel may
+    not depend on it: recorded with few keys, replayed with many and few."""
+    torch.manual_seed(0)
+    pages = 80
+    k_cache, v_cache = (rand(3 * pages, PAGE, HEADS_K, D, dtype=torch.float16).npu() for _ in "kv")
+    page_table = torch.randperm(3 * pages).int().view(3, pages).npu()
+    static = packed([1, 1, 1], [5, 1, 9], 3)
+
+    def made() -> Tensor:
+        return fa3_ops.get_scheduler_metadata(
+            *(3, 1, PAGE * pages, HEADS, HEADS_K, D, static["cache_seqlens"], torch.float16),
+            cu_seqlens_q=static["cu_seqlens_q"],
+            page_size=PAGE,
+            causal=True,
+            num_splits=num_splits,
+        )
+
+    def attend(metadata: Tensor | None) -> tuple[Tensor, Tensor]:
+        return torch.ops.fa3npu.flash_attn_kvcache(
+            *(static["q"], k_cache, v_cache),
+            cache_seqlens=static["cache_seqlens"],
+            page_table=page_table,
+            cu_seqlens_q=static["cu_seqlens_q"],
+            max_seqlen_q=1,
+            causal=True,
+            num_splits=num_splits,
+            scheduler_metadata=metadata,
+        )
+
+    metadata = made()
+    attend(metadata)
+    graph = torch.npu.NPUGraph()
+    with torch.npu.graph(graph):
+        out, softmax_lse = attend(metadata)
+    plans = set()
+    for kv_lens in ([1280, 1, 700], [1100, 1280, 1200], [3, 2, 1], [1, 0, 1279]):
+        static["cache_seqlens"].copy_(ints(*kv_lens))
+        static["q"].copy_(rand(3, HEADS, D, dtype=torch.float16))
+        metadata.copy_(made())
+        plans.add(bytes(metadata.cpu()))
+        graph.replay()
+        want, want_lse = attend(None)
+        assert torch.equal(out.cpu(), want.cpu())
+        assert torch.equal(softmax_lse.cpu(), want_lse.cpu())
+        exact, exact_lse = reference.flash_attn_with_kvcache(
+            *(x.cpu() for x in (static["q"], k_cache, v_cache)),
+            cache_seqlens=ints(*kv_lens),
+            page_table=page_table.cpu(),
+            cu_seqlens_q=static["cu_seqlens_q"].cpu(),
+            causal=True,
+        )
+        assert_close(out, exact, torch.float16)
+        assert_lse(softmax_lse, exact_lse, torch.float16)
+    assert len(plans) == 4
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_metadata_of_the_first_sequences(dense: bool) -> None:
+    """Servers pass the tensors of their largest batch beside the number of sequences that count.
+    What lies behind may be anything: also a dummy with rows of q, also offsets that fall."""
+    torch.manual_seed(0)
+    most, rows = 5, 1 if dense else 9
+    k_cache, v_cache = (rand(70, PAGE, HEADS_K, D, dtype=torch.float16).npu() for _ in "kv")
+    page_table = torch.randperm(70)[:60].int().view(most, 12).npu()
+    q_shape = (most, rows) if dense else (rows,)
+    q = rand(*q_shape, HEADS, D, dtype=torch.float16).npu()
+    offsets, seqlens = ints(0, 0, 0, 0, 0, 0).npu(), ints(0, 0, 0, 0, 0).npu()
+    packing = {} if dense else {"cu_seqlens_q": offsets}
+
+    def made(batch_size: int) -> Tensor:
+        return fa3_ops.get_scheduler_metadata(
+            *(batch_size, rows, CAPACITY, HEADS, HEADS_K, D, seqlens, torch.float16),
+            **packing,
+            page_size=PAGE,
+            causal=True,
+            num_splits=0,
+        )
+
+    def attend(metadata: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.fa3npu.flash_attn_kvcache(
+            *(q, k_cache, v_cache),
+            cache_seqlens=seqlens,
+            page_table=page_table,
+            **packing,
+            **({} if dense else {"max_seqlen_q": rows}),
+            causal=True,
+            scheduler_metadata=metadata,
+        )
+
+    metadata = made(most)
+    attend(metadata)
+    graph = torch.npu.NPUGraph()
+    with torch.npu.graph(graph):
+        captured = attend(metadata)
+    for batch_size, ends, lens in (
+        (3, [0, 1, 2, 3, 9, 9], [40, 1, 192, 10000, -4]),  # a dummy of 6 rows, of any length
+        (2, [0, 4, 9, 0, 77, -1], [100, 7, 3, 3, 3]),
+        (5, [0, 2, 3, 5, 8, 9], [9, 100, 2, 192, 1]),
+        (1, [0, 9, 9, 9, 9, 9], [9, 0, 0, 0, 0]),
+    ):
+        offsets.copy_(ints(*ends))
+        seqlens.copy_(ints(*lens))
+        metadata.copy_(made(batch_size))
+        graph.replay()
+        counted = batch_size if dense else ends[batch_size]
+        exact, exact_lse = reference.flash_attn_with_kvcache(
+            *(x.cpu() for x in (q[:counted], k_cache, v_cache)),
+            cache_seqlens=ints(*lens[:batch_size]),
+            page_table=page_table[:batch_size].cpu(),
+            **({} if dense else {"cu_seqlens_q": ints(*ends[: batch_size + 1])}),
+            causal=True,
+        )
+        for out, softmax_lse in (captured, attend(metadata)):
+            out, softmax_lse = out.cpu(), softmax_lse.cpu()
+            lse, behind = (
+                (softmax_lse[:counted], softmax_lse[counted:])
+                if dense
+                else (softmax_lse[:, :counted], softmax_lse[:, counted:])
+            )
+            assert_close(out[:counted], exact, torch.float16)
+            assert_lse(lse, exact_lse, torch.float16)
+            assert (out[counted:] == 0).all()
+            assert (behind == float("-inf")).all()
+
+
 @pytest.mark.parametrize("what", ["lengths", "batch", "heads", "scale", "softcap"])
 def test_metadata_of_another_call_gives_nan(what: str) -> None:
     """The kernel would believe it, and be wrong without a word."""
@@ -173,8 +300,10 @@ def test_metadata_of_another_call_gives_nan(what: str) -> None:
     if what == "lengths":
         decoder.cache_seqlens += 40
     elif what == "batch":
-        with pytest.raises(ValueError, match="must be made for batch_size 3"):
-            decoder.step(metadata[:-4])
+        for name in ("q", "k", "v", "cache_seqlens", "page_table"):
+            setattr(decoder, name, getattr(decoder, name)[:2])
+        with pytest.raises(ValueError, match=r"made from 2 cache_seqlens, torch.uint8 of shape"):
+            decoder.step(metadata)
         return
     elif what == "heads":
         decoder.q = decoder.q.repeat(1, 1, 2, 1)

@@ -4,6 +4,7 @@ tensor on the device, so that a call that has it waits for nothing and can be ca
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -44,9 +45,10 @@ class FlashAttnNpuPlan(Backend[Plan]):
             )
         if request.has_softcap and request.softcap == 0.0:
             raise RuntimeError("fa3npu: softcap must be given with has_softcap on NPU, got 0.0")
-        return request
+        return without_padding(request)
 
     def launch(self, request: Plan, lowered: Plan, run: Run) -> Tensor:
+        most, request = request.cache_seqlens.shape[0], lowered
         found = device.kernel()
         page_size, seqlens_k = request.page_size, seqlens_of_call(request)
         if isinstance(found, Kernel) and reads(
@@ -56,7 +58,7 @@ class FlashAttnNpuPlan(Backend[Plan]):
         else:  # nothing on this machine reads it
             made = torch.zeros(RAW_BYTES, dtype=torch.uint8, device=seqlens_k.device)
         fingerprint = fingerprint_of(
-            request.batch_size,
+            request.cu_seqlens_q is not None,
             request.max_seqlen_q,
             num_pages(request),
             request.num_heads_q,
@@ -70,8 +72,20 @@ class FlashAttnNpuPlan(Backend[Plan]):
             softmax_scale(request),
             max(request.num_splits, 1),
         )
-        signature = signature_of(fingerprint, seqlens_k, request.cu_seqlens_q)
+        signature = signature_of(fingerprint, seqlens_k, request.cu_seqlens_q, most)
         return torch.cat((made, signature.view(torch.uint8)))
+
+
+def without_padding(request: Plan) -> Plan:
+    """With the lengths and offsets of the batch alone."""
+    offsets = {name: getattr(request, name) for name in ("cu_seqlens_q", "cu_seqlens_k_new")}
+    return replace(
+        request,
+        cache_seqlens=request.cache_seqlens[: request.batch_size],
+        **{
+            n: t[: request.batch_size + 1].contiguous() for n, t in offsets.items() if t is not None
+        },
+    )
 
 
 def headdim_v(request: Plan) -> int:
@@ -106,7 +120,6 @@ def made_by(found: Kernel, request: Plan, seqlens_k: Tensor) -> Tensor:
     make_mask(seqlens_k.device)
     left, right = sides_of(request.window_size, request.causal)
     causal = (left, right) == (-1, 0)
-    cu_seqlens_q = request.cu_seqlens_q
     made: Tensor = found.module.get_scheduler_metadata(
         request.batch_size,
         request.max_seqlen_q,
@@ -117,7 +130,7 @@ def made_by(found: Kernel, request: Plan, seqlens_k: Tensor) -> Tensor:
         headdim_v(request),
         request.qkv_dtype,
         seqlens_k,
-        None if cu_seqlens_q is None else cu_seqlens_q.contiguous(),
+        request.cu_seqlens_q,
         None,  # cu_seqlens_k
         None,  # cu_seqlens_k_new: counted in seqlens_k
         None,  # seqused_q
@@ -128,7 +141,7 @@ def made_by(found: Kernel, request: Plan, seqlens_k: Tensor) -> Tensor:
         *((-1, -1) if causal else (left, right)),
         0,  # attention_chunk
         request.softcap,
-        splits(request.num_splits, cu_seqlens_q is not None, found),
+        splits(request.num_splits, request.cu_seqlens_q is not None, found),
         None,  # pack_gqa
         0,  # sm_margin
         softmax_scale(request),

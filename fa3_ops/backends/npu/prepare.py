@@ -9,6 +9,7 @@ from fa3_ops.backends.call import Attention
 from fa3_ops.backends.lowering.fp8 import dequantise_fp8
 from fa3_ops.backends.lowering.keys import select_table_rows, without_hidden_pages
 from fa3_ops.backends.npu.flash_attn_npu import follows_metadata
+from fa3_ops.backends.npu.scheduler_metadata import without_padding
 
 LENGTHS = (
     "cu_seqlens_q",
@@ -26,6 +27,8 @@ def prepare(call: Attention, run: Run) -> Attention:
     """The call without what no kernel of the NPU has. A schedule that is followed takes the place
     of lengths on the host."""
     call = with_contiguous_lengths(call)
+    if call.scheduler_metadata is not None and call.page_table is not None:
+        call = without_padding(call)
     if call.scheduler_metadata is not None and not run.capturing:
         if follows_metadata(call):
             run.host_may_wait = False

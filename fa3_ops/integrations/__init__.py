@@ -1,0 +1,1 @@
+"""What serving and training systems call by their own extension points; public functions only."""

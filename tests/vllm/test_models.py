@@ -11,11 +11,6 @@ from tiny_models import make
 MODELS = ["qwen3", "qwen3_moe", "llama", "gemma2", "gemma3", "gpt_oss"]
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_the_tokens_are_those_of_vllms_own_kernel(name: str, folder: Path) -> None:
     model = make(name, folder)

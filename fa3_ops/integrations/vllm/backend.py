@@ -130,7 +130,7 @@ class Fa3Impl(AttentionImpl[Fa3Metadata]):
         if self.attn_type in ENCODERS:  # which keep no cache
             return
         k_cache, v_cache = self._caches(kv_cache)
-        write(key, value, k_cache, v_cache, slot_mapping)
+        fa3_ops.kvcache_scatter_(key, value, k_cache, v_cache, slot_mapping)
 
     def forward(
         self,
@@ -210,19 +210,3 @@ class Fa3Impl(AttentionImpl[Fa3Metadata]):
         explanation = fa3_ops.explain(fa3_ops.flash_attn_varlen_func, **arguments)
         logger.info_once("attention by fa3_ops: %s", str(explanation))
         self.told = True
-
-
-def write(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Every token is a sequence of its own here, in the one page that its slot names."""
-    kept = (slots >= 0).nonzero().flatten()
-    slots = slots[kept]
-    page_size = k_cache.shape[1]
-    torch.ops.fa3npu.kvcache_append_(
-        key[kept].unsqueeze(1),
-        value[kept].unsqueeze(1),
-        k_cache,
-        v_cache,
-        (slots % page_size).to(torch.int32),
-        None,
-        (slots // page_size).to(torch.int32).unsqueeze(1),
-    )

@@ -1,0 +1,71 @@
+"""What must not change a bit: the block size, speculation, the other requests, the threads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import OURS, THEIRS, answers, engine, prompts
+from generate import in_a_process
+from tiny_models import make
+
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 4,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 3,
+}
+
+
+def bits(answer: Any) -> tuple[list[int], list[dict[str, float]]]:
+    """Tokens and logits; JSON keeps every bit of a float, and makes the keys strings."""
+    said = answer if isinstance(answer, dict) else vars(answer)
+    return said["tokens"], [{str(t): x for t, x in step.items()} for step in said["logits"]]
+
+
+def same_bits(some: list[Any], others: list[Any]) -> int:
+    return sum(bits(a) == bits(b) for a, b in zip(some, others, strict=True))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Path:
+    return make("qwen3", folder)
+
+
+@pytest.fixture(scope="module")
+def plain(model: Path) -> list[Any]:
+    with engine(model, **OURS) as llm:
+        return answers(llm, prompts())
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_the_block_size(model: Path, plain: list[Any], block_size: int) -> None:
+    with engine(model, block_size=block_size, max_num_batched_tokens=96, **OURS) as llm:
+        said = answers(llm, prompts())
+    same = same_bits(said, plain)
+    print(f"block size {block_size}, chunks of 96 tokens for 256: the same bits {same} of 64")
+    assert same == 64
+
+
+def test_speculation(model: Path, plain: list[Any], tmp_path: Path) -> None:
+    """In another process: vLLM cannot make a second engine after one that speculates."""
+    settings = {"speculative_config": NGRAM}
+    said = in_a_process(model, tmp_path / "ours", settings=settings | OURS)["batch"]
+    same = same_bits(said, plain)
+    print(f"ngram speculation and none: the same bits {same} of 64")
+    assert same == 64
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_other_requests(model: Path, tmp_path: Path, dtype: str) -> None:
+    """With linear layers that do not depend on the other rows; two threads."""
+    wishes = {"threads": 2, "prompts": 16, "alone": True, "rows": True}
+
+    def same(backend: dict[str, str]) -> int:
+        said = in_a_process(model, tmp_path / "said", settings=backend | {"dtype": dtype}, **wishes)
+        return same_bits(said["batch"], said["alone"])
+
+    ours, theirs = same(OURS), same(THEIRS)
+    print(f"{dtype}, alone and in a batch: the same bits {ours} of 16; vLLM's own {theirs} of 16")
+    assert ours == 16

@@ -121,7 +121,7 @@ test-emulator: $(NPU_VENV)/emulator
 
 # Its engine is compared with vLLM's on CPU, which has an environment of its own.
 test-vllm-ascend: $(VLLM_ASCEND_VENV)/build $(VLLM_ASCEND_VENV)/emulator $(VLLM_VENV)/build
-	@VLLM_ON_CPU=$(VLLM)/python $(VLLM_ASCEND)/python -m pytest -s tests/vllm_ascend
+	@FA3NPU_TEST_VLLM=$(VLLM)/python $(VLLM_ASCEND)/python -m pytest -s tests/vllm_ascend
 
 # vLLM, in an environment of its own. What it brings for other media and for GPUs cannot be imported
 # beside a CPU build of torch, and transformers tries to.

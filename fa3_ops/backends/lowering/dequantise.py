@@ -37,7 +37,7 @@ VALUES: dict[torch.dtype, Callable[[torch.device], Tensor]] = {
 
 def _finite(magnitude: Tensor, mantissa_bits: int, bias: int) -> Tensor:
     """Numbers by their bits without the sign; an exponent of 0 has no leading 1."""
-    ones = 2**mantissa_bits
+    ones = 1 << mantissa_bits
     exponent, mantissa = magnitude // ones, magnitude % ones
     power = ((exponent.clamp(min=1) + 127 - bias) * 2**23).view(torch.float32)
     return power * torch.where(exponent > 0, mantissa + ones, mantissa) / ones

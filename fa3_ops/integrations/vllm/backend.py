@@ -211,7 +211,7 @@ class Fa3Impl(AttentionImpl[Fa3Metadata]):
             "k": k_cache,
             "v": v_cache,
             "cu_seqlens_k": None,
-            "max_seqlen_k": metadata.max_seq_len,
+            "max_seqlen_k": None,
             "seqused_k": metadata.seq_lens,
             "page_table": metadata.block_table,
             **self._descales(layer),

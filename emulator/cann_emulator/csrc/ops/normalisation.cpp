@@ -11,17 +11,17 @@ void check(const char* op, const Tensor& x, const Tensor& gamma, const Tensor& y
            const Tensor& rstd) {
   bool rows = gamma.dim() >= 1 && gamma.dim() <= x.dim() &&
               x.sizes().slice(x.dim() - gamma.dim()) == gamma.sizes();
-  aclnn::require(
-      op, {
-              {x.scalar_type() == at::kFloat || x.scalar_type() == at::kHalf ||
-                   x.scalar_type() == at::kBFloat16,
-               "x must be float32, float16 or bfloat16"},
-              {gamma.scalar_type() == x.scalar_type() || gamma.scalar_type() == at::kFloat,
-               "gamma must have the dtype of x, or float32"},
-              {rows, "gamma must have the shape of the last dimensions of x"},
-              {y.sizes() == x.sizes(), "y must have the shape of x"},
-              {rstd.scalar_type() == at::kFloat, "rstd must be float32"},
-          });
+  aclnn::require(op,
+                 {
+                     {x.scalar_type() == at::kFloat || x.scalar_type() == at::kHalf ||
+                          x.scalar_type() == at::kBFloat16,
+                      "x must be float32, float16 or bfloat16"},
+                     {gamma.scalar_type() == x.scalar_type() || gamma.scalar_type() == at::kFloat,
+                      "gamma must have the dtype of x, or float32"},
+                     {rows, "gamma must have the shape of the last dimensions of x"},
+                     {y.sizes() == x.sizes(), "y must have the shape of x"},
+                     {rstd.scalar_type() == at::kFloat, "rstd must be float32"},
+                 });
 }
 
 void normalise(const Tensor& x, const Tensor& gamma, double epsilon, const Tensor& y,

@@ -6,9 +6,12 @@ processes, wherever fa3_ops is installed. Neither changes a thing until CUSTOM i
 
 from __future__ import annotations
 
+import functools
 from importlib.metadata import entry_points
+from typing import Any
 
 BACKEND = "fa3_ops.integrations.vllm.backend.Fa3Backend"
+ASCEND = "fa3_ops.integrations.vllm.ascend.Fa3AscendBackend"
 PLATFORM = "fa3_ops.integrations.vllm.platform.Fa3CpuPlatform"
 
 
@@ -18,8 +21,33 @@ def register() -> None:
         from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
     except ImportError:  # a vLLM that is too old to have the registry
         return
-    if not AttentionBackendEnum.CUSTOM.is_overridden():
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type == "npu":
+        _serve_ascend(type(current_platform))
+    elif not AttentionBackendEnum.CUSTOM.is_overridden():
         register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
+
+
+def _serve_ascend(platform: Any) -> None:
+    """Lets vLLM-Ascend's platform, a class, honour --attention-backend CUSTOM. Whatever else it is
+    asked for it answers as before."""
+    theirs = platform.get_attn_backend_cls
+
+    @functools.wraps(theirs)
+    def get_attn_backend_cls(cls: Any, selected: Any, config: Any, *more: Any, **named: Any) -> Any:
+        if getattr(selected, "name", None) != "CUSTOM":
+            return theirs(selected, config, *more, **named)
+        from fa3_ops.integrations.vllm.ascend import Fa3AscendBackend
+
+        reasons = Fa3AscendBackend.validate_configuration(
+            device_capability=None, **config._asdict()
+        )
+        if reasons:
+            raise ValueError(f"fa3_ops' attention backend cannot serve: {', '.join(reasons)}")
+        return ASCEND
+
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
 def cpu_platform() -> str | None:

@@ -135,7 +135,7 @@ $(VLLM_VENV)/packages: requirements-vllm.txt
 # An older fa3_ops.egg-info here would hide the entry points that vLLM finds us by.
 test-vllm: $(VLLM_VENV)/build
 	@rm -rf fa3_ops.egg-info
-	@$(VLLM)/python -m pytest tests/vllm
+	@$(VLLM)/python -m pytest -s tests/vllm
 
 # One wheel, built beside $(TORCH), as a user has it: installed, the checkout's package out of reach.
 # torch_npu x.y.z needs torch x.y.z, so that its newest one may be older than the newest torch.

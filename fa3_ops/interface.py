@@ -6,9 +6,11 @@ flash_attn_with_kvcache returns after softmax_lse. Behind FlashAttention-3's arg
 ones that serving code passes besides: `block_table` for `page_table`, `s_aux` (or
 `learnable_sink`) for `sinks`, `out`.
 
-Dtypes: float32, float16, bfloat16, float64, and float8_e4m3fn (result in bfloat16). Lengths and
-offsets are int32 tensors on the device of q. `pack_gqa`, `sm_margin`, `num_splits`,
-`scheduler_metadata` and `deterministic` are schedules: they never change a number.
+Dtypes: float32, float16, bfloat16, float64, and float8_e4m3fn (result in bfloat16). Beside a q of
+16 or 32 bits, k and v (and caches) may be narrow: both float8_e4m3fn, float8_e5m2 or int8, times
+their descales; that has no backward. Lengths and offsets are int32 tensors on the device of q.
+`pack_gqa`, `sm_margin`, `num_splits`, `scheduler_metadata` and `deterministic` are schedules: they
+never change a number.
 
 Shapes: nheads must be a multiple of nheads_k; query head h reads head h * nheads_k // nheads.
 Every function raises ValueError for shapes and values and TypeError for dtypes, naming the
@@ -130,8 +132,8 @@ def flash_attn_func(
             1 / sqrt(headdim + headdim_v).
         causal: query i sees key j if j <= i + seqlen_k - seqlen_q (aligned bottom right).
         qv: (batch_size, seqlen_q, nheads, headdim_v); adds qv v^T to the scores (MLA). No backward.
-        q_descale, k_descale, v_descale: (batch_size, nheads_k) float32, factors of FP8 inputs;
-            ignored for other dtypes.
+        q_descale, k_descale, v_descale: (batch_size, nheads_k), (nheads_k,), (1,) or 0-dimensional
+            float32, factors of FP8 and int8 inputs; ignored for other dtypes.
         window_size: (left, right); query i sees keys from i + seqlen_k - seqlen_q - left to
             i + seqlen_k - seqlen_q + right, both inclusive; -1 or None means no limit.
         attention_chunk: if positive, a query sees only keys of its own chunk of so many positions.
@@ -505,8 +507,8 @@ def kvcache_scatter_(
     """Writes new keys and values to slots of a cache, in place, as vLLM asks for it.
 
     Arguments:
-        k: (num_tokens, nheads_k, headdim), in the cache's dtype, or in float16 or bfloat16 for a
-            narrow cache.
+        k: (num_tokens, nheads_k, headdim), in the cache's dtype, or in float16, bfloat16 or
+            float32 for a narrow cache.
         v: (num_tokens, nheads_k, headdim_v), likewise.
         k_cache: (num_pages, page_size, nheads_k, headdim), or (batch_size, seqlen, ...); of any
             strides whose last is 1. Narrow are float8_e4m3fn, float8_e5m2 and int8.

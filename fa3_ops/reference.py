@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fa3_ops.ops.checks import NARROW
+
 
 def mask(
     seqlen_q: int, seqlen_k: int, causal: bool, window_size: Sequence[int], attention_chunk: int
@@ -144,13 +146,15 @@ def scatter(
 
 
 def _descaled(x: Tensor, descale: Tensor | None, b: int) -> Tensor:
-    """FP8 rows (seqlen, nheads, d) times descale[b] (nheads_k,); other dtypes ignore descales."""
-    if x.dtype != torch.float8_e4m3fn:
+    """Rows (seqlen, nheads, d) of an 8-bit dtype times descale, (batch_size, nheads_k),
+    (nheads_k,) or one number; other dtypes ignore descales."""
+    if x.dtype not in NARROW:
         return x
     x = x.double()
     if descale is None:
         return x
-    return x * descale[b].double().repeat_interleave(x.shape[1] // descale.shape[1])[:, None]
+    factors = (descale[b] if descale.dim() == 2 else descale.reshape(-1)).double()
+    return x * factors.repeat_interleave(x.shape[1] // len(factors))[:, None]
 
 
 def batched(
@@ -173,8 +177,8 @@ def batched(
     **arguments: object,
 ) -> tuple[Tensor, Tensor]:
     """Every layout: q dense (batch_size, seqlen_q, ...) or packed by cu_seqlens_q; k and v dense,
-    packed by cu_seqlens_k (or by seqused_k, one sequence behind the other), or paged. Rows of q
-    that no sequence uses give 0 and -inf."""
+    packed by cu_seqlens_k (or by seqused_k, one sequence behind the other), or paged. k and v have
+    q's dtype or a narrow one. Rows of q that no sequence uses give 0 and -inf."""
     if k.dim() == 3 and cu_seqlens_k is None and seqused_k is not None:
         cu_seqlens_k = torch.tensor([0, *seqused_k.cumsum(0).tolist()])
         seqused_k = None

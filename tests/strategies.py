@@ -22,6 +22,10 @@ FORWARD_DTYPES = (
     torch.float64,
     torch.float8_e4m3fn,
 )
+# Of caches beside a q of one of these.
+NARROW_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+WIDE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+INT8_UNIT = 1 / 32  # a number of an int8 cache, before its descale
 SIZES = st.integers(1, 40)
 HEADDIMS = st.tuples(SIZES, SIZES)  # (headdim, headdim_v)
 # Rounded once from float32: half an ulp of the result, plus float32's own error.
@@ -74,7 +78,9 @@ def assert_lse(got: Tensor, want: Tensor, slack: float | None = None) -> None:
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=slack)
 
 
-LAYOUTS = ("contiguous", "padded", "heads first", "first strided", "last strided")
+LAYOUTS = (
+    *("contiguous", "padded", "heads first", "first strided", "side by side", "last strided"),
+)
 
 
 def memory(draw: Any, shape: tuple[int, ...], dtype: torch.dtype, any_last: bool = True) -> Tensor:
@@ -82,7 +88,7 @@ def memory(draw: Any, shape: tuple[int, ...], dtype: torch.dtype, any_last: bool
     layout = draw(st.sampled_from(LAYOUTS if any_last else LAYOUTS[:-1]))
 
     def nan(*size: int) -> Tensor:
-        return torch.full(size, float("nan"), dtype=torch.float32).to(dtype)
+        return narrowed(torch.full(size, float("nan")), dtype)
 
     if layout == "padded":
         wide = nan(*shape[:-2], shape[-2] + 1, shape[-1] + 3)
@@ -91,13 +97,30 @@ def memory(draw: Any, shape: tuple[int, ...], dtype: torch.dtype, any_last: bool
         return nan(*shape[:-3], shape[-2], shape[-3], shape[-1]).transpose(-3, -2)
     if layout == "first strided":  # as K and V of one cache, (num_pages, 2, ...)
         return nan(shape[0], 2, *shape[1:])[:, 1]
+    if layout == "side by side":  # (num_pages, nheads_k, page_size, headdim + headdim_v)
+        wide = nan(*shape[:-3], shape[-2], shape[-3], 2 * shape[-1] + 1)
+        return wide.transpose(-3, -2)[..., : shape[-1]]
     if layout == "last strided":
         return nan(*shape[:-1], 2 * shape[-1])[..., ::2]
     return nan(*shape)
 
 
 def tensor(draw: Any, shape: tuple[int, ...], dtype: torch.dtype, any_last: bool = True) -> Tensor:
-    return memory(draw, shape, dtype, any_last).copy_(torch.randn(shape))
+    return memory(draw, shape, dtype, any_last).copy_(narrowed(torch.randn(shape), dtype))
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in dtype, of int8 in its units; there is no NaN among them: the greatest number stands for
+    it."""
+    if dtype == torch.int8:
+        x = (x / INT8_UNIT).nan_to_num(127).round().clamp(-128, 127)
+    return x.to(dtype)
+
+
+def cache_dtype(draw: Any, dtype: torch.dtype) -> torch.dtype:
+    """Of k and v beside a q of dtype: mostly the same."""
+    narrow = dtype in WIDE_DTYPES and draw(st.sampled_from([False, False, True]))
+    return draw(st.sampled_from(NARROW_DTYPES)) if narrow else dtype
 
 
 def lengths(draw: Any, batch: int, most: int) -> Tensor:
@@ -123,7 +146,13 @@ def masks(draw: Any, most: int = 45) -> dict[str, Any]:
     }
 
 
-def extras(draw: Any, batch: int, heads: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+def extras(
+    draw: Any,
+    batch: int,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    cache: torch.dtype | None = None,
+) -> dict[str, Any]:
     nheads, nheads_k = heads
     chosen: dict[str, Any] = {}
     kind = draw(st.sampled_from(["none", "(h,)", "(b, h)"]))
@@ -134,11 +163,23 @@ def extras(draw: Any, batch: int, heads: tuple[int, int], dtype: torch.dtype) ->
         chosen["sinks"] = torch.randn(nheads).to(draw(st.sampled_from([torch.float32, dtype])))
         if dtype == torch.float8_e4m3fn:
             chosen["sinks"] = chosen["sinks"].to(torch.bfloat16)
-    # Serving code passes descales whatever the dtype is; they count for FP8 alone.
+    # Serving code passes descales whatever the dtype is; they count for narrow ones alone.
     for name in ("q_descale", "k_descale", "v_descale"):
-        if draw(st.booleans()):
-            chosen[name] = 0.5 + torch.rand(1, nheads_k).expand(batch, nheads_k)
+        if cache == torch.int8 or draw(st.booleans()):
+            chosen[name] = descale(draw, batch, nheads_k)
+            if cache == torch.int8:
+                chosen[name] *= INT8_UNIT
     return chosen
+
+
+def descale(draw: Any, batch: int | None, nheads_k: int) -> Tensor:
+    """In any of its shapes, now and then strided; without a batch for all sequences."""
+    shapes: list[tuple[int, ...]] = [(nheads_k,), (1,), ()]
+    if batch is not None:
+        shapes.append((batch, nheads_k))
+    shape = draw(st.sampled_from(shapes))
+    factors = 0.5 + torch.rand(*shape, 2) / 2
+    return factors[..., 0] if draw(st.booleans()) else factors[..., 0].contiguous()
 
 
 def heads(draw: Any) -> tuple[int, int]:
@@ -151,17 +192,19 @@ def dense_calls(
     draw: Any,
     dtypes: tuple[torch.dtype, ...] = FORWARD_DTYPES,
     headdims: st.SearchStrategy[tuple[int, int]] = HEADDIMS,
+    narrow: bool = True,
 ) -> dict[str, Any]:
     torch.manual_seed(draw(st.integers(0, 2**31)))
     dtype = draw(st.sampled_from(dtypes))
     batch, seqlen_q, seqlen_k = draw(st.integers(0, 3)), draw(st.integers(0, 40)), draw(SIZES)
     (nheads, nheads_k), (d, dv) = heads(draw), draw(headdims)
+    of_keys = cache_dtype(draw, dtype) if narrow else dtype
     call = {
         "q": tensor(draw, (batch, seqlen_q, nheads, d), dtype),
-        "k": tensor(draw, (batch, seqlen_k, nheads_k, d), dtype),
-        "v": tensor(draw, (batch, seqlen_k, nheads_k, dv), dtype),
+        "k": tensor(draw, (batch, seqlen_k, nheads_k, d), of_keys),
+        "v": tensor(draw, (batch, seqlen_k, nheads_k, dv), of_keys),
         **masks(draw),
-        **extras(draw, batch, (nheads, nheads_k), dtype),
+        **extras(draw, batch, (nheads, nheads_k), dtype, of_keys),
     }
     if draw(st.booleans()):
         call["qv"] = tensor(draw, (batch, seqlen_q, nheads, dv), dtype)
@@ -173,6 +216,7 @@ def varlen_calls(
     draw: Any,
     dtypes: tuple[torch.dtype, ...] = FORWARD_DTYPES,
     headdims: st.SearchStrategy[tuple[int, int]] = HEADDIMS,
+    narrow: bool = True,
 ) -> dict[str, Any]:
     torch.manual_seed(draw(st.integers(0, 2**31)))
     dtype, batch = draw(st.sampled_from(dtypes)), draw(st.integers(0, 4))
@@ -183,14 +227,15 @@ def varlen_calls(
     cu_seqlens_k = cumulative(seqlens_k, draw(st.integers(0, 2)))
     total_q = int(cu_seqlens_q[-1]) + draw(st.integers(0, 2))
     total_k = int(cu_seqlens_k[-1]) + draw(st.integers(0, 2))
+    of_keys = cache_dtype(draw, dtype) if narrow else dtype
     call = {
         "q": tensor(draw, (total_q, nheads, d), dtype),
-        "k": tensor(draw, (total_k, nheads_k, d), dtype),
-        "v": tensor(draw, (total_k, nheads_k, dv), dtype),
+        "k": tensor(draw, (total_k, nheads_k, d), of_keys),
+        "v": tensor(draw, (total_k, nheads_k, dv), of_keys),
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
         **masks(draw),
-        **extras(draw, batch, (nheads, nheads_k), dtype),
+        **extras(draw, batch, (nheads, nheads_k), dtype, of_keys),
     }
     if draw(st.booleans()):
         call["qv"] = tensor(draw, (total_q, nheads, dv), dtype)
@@ -206,13 +251,19 @@ def kvcache_calls(
     draw: Any,
     dtypes: tuple[torch.dtype, ...] = FORWARD_DTYPES,
     headdims: st.SearchStrategy[tuple[int, int]] = HEADDIMS,
+    narrow: bool = True,
 ) -> dict[str, Any]:
     torch.manual_seed(draw(st.integers(0, 2**31)))
     dtype, batch = draw(st.sampled_from(dtypes)), draw(st.integers(0, 4))
     (nheads, nheads_k), (d, dv) = heads(draw), draw(headdims)
     capacity = draw(st.integers(1, 90))
     entries = batch + draw(st.integers(0, 2))
-    call: dict[str, Any] = {**masks(draw), **extras(draw, batch, (nheads, nheads_k), dtype)}
+    appends = draw(st.booleans())
+    of_keys = cache_dtype(draw, dtype) if narrow else dtype
+    call: dict[str, Any] = {
+        **masks(draw),
+        **extras(draw, batch, (nheads, nheads_k), dtype, of_keys),
+    }
 
     if entries > batch or draw(st.booleans()):
         call["cache_batch_idx"] = torch.randperm(entries)[:batch].int()
@@ -227,11 +278,11 @@ def kvcache_calls(
         rows = (pages, page_size)
     else:
         rows = (entries, capacity)
-    k_cache = tensor(draw, (*rows, nheads_k, d), dtype, any_last=False)
-    v_cache = tensor(draw, (*rows, nheads_k, dv), dtype, any_last=False)
+    k_cache = tensor(draw, (*rows, nheads_k, d), of_keys, any_last=False)
+    v_cache = tensor(draw, (*rows, nheads_k, dv), of_keys, any_last=False)
 
     new_lengths = torch.zeros(batch, dtype=torch.int32)
-    if draw(st.booleans()):  # append
+    if appends:
         if draw(st.booleans()):
             new_lengths = lengths(draw, batch, capacity)
             call["cu_seqlens_k_new"] = cumulative(new_lengths)
@@ -285,53 +336,46 @@ def kvcache_calls(
     return call
 
 
-NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
-
-
-def descale(draw: Any, *shapes: tuple[int, ...]) -> Tensor | None:
-    """Of one of the shapes, if there is one; most of what it divides stays in the range of int8."""
-    shape = draw(st.none() | st.sampled_from(shapes))
-    return None if shape is None else 0.02 + torch.rand(shape)
-
-
 @st.composite
 def scatter_calls(draw: Any) -> dict[str, Any]:
     torch.manual_seed(draw(st.integers(0, 2**31)))
-    cache_dtype = draw(st.sampled_from((*FORWARD_DTYPES, *NARROW)))
-    narrow = cache_dtype in NARROW and draw(st.booleans())
-    dtype = draw(st.sampled_from((torch.float16, torch.bfloat16))) if narrow else cache_dtype
+    cached = draw(st.sampled_from((*FORWARD_DTYPES, *NARROW_DTYPES)))
+    narrow = cached in NARROW_DTYPES and draw(st.booleans())
+    dtype = draw(st.sampled_from(WIDE_DTYPES)) if narrow else cached
     nheads_k, (d, dv) = draw(st.integers(1, 4)), draw(HEADDIMS)
     entries, rows = draw(st.integers(0, 5)), draw(st.integers(1, 20))
     if draw(st.booleans()):  # as vLLM has them: one tensor, heads before rows
-        both = filled((entries, nheads_k, rows, d + dv), cache_dtype).transpose(1, 2)
+        both = filled((entries, nheads_k, rows, d + dv), cached).transpose(1, 2)
         k_cache, v_cache = both[..., :d], both[..., d:]
     else:
-        k_cache, v_cache = (
-            filled((entries, rows, nheads_k, width), cache_dtype) for width in (d, dv)
-        )
+        k_cache, v_cache = (filled((entries, rows, nheads_k, width), cached) for width in (d, dv))
     slots = torch.randperm(entries * rows)[: draw(st.integers(0, 40))]
     slots = slots.masked_fill(torch.rand(slots.shape) < 0.2, -draw(st.sampled_from((1, 2**31))))
     slots = slots.to(draw(st.sampled_from((torch.int32, torch.int64))))
     count = len(slots) + draw(st.integers(0, 3))
-    descales = (nheads_k,), (1,), ()
     return {
         "k": tensor(draw, (count, nheads_k, d), dtype),
         "v": tensor(draw, (count, nheads_k, dv), dtype),
         "k_cache": k_cache,
         "v_cache": v_cache,
         "slot_mapping": slots,
-        "k_descale": descale(draw, *descales),
-        "v_descale": descale(draw, *descales),
+        **descales_of_writes(draw, None, nheads_k),
     }
+
+
+def descales_of_writes(draw: Any, batch: int | None, nheads_k: int) -> dict[str, Tensor]:
+    """Under which most numbers of an int8 cache differ."""
+    names = draw(st.sets(st.sampled_from(("k_descale", "v_descale"))))
+    return {name: descale(draw, batch, nheads_k) * INT8_UNIT for name in sorted(names)}
 
 
 @st.composite
 def narrow_append_calls(draw: Any) -> dict[str, Any]:
-    """Of 16-bit keys and values to a narrow cache."""
+    """To a narrow cache."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
-    dtype = draw(st.sampled_from((torch.float16, torch.bfloat16)))
+    dtype, cached = draw(st.sampled_from(WIDE_DTYPES)), draw(st.sampled_from(NARROW_DTYPES))
     batch, nheads_k, (d, dv) = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(HEADDIMS)
-    rows, per_row, cache_dtype = draw(st.integers(1, 9)), 3, draw(st.sampled_from(NARROW))
+    rows, per_row = draw(st.integers(1, 9)), 3
     new_lengths = lengths(draw, batch, rows * per_row)
     call: dict[str, Any] = {"cu_seqlens_k_new": cumulative(new_lengths)}
     count: tuple[int, ...] = (int(new_lengths.sum()),)
@@ -340,16 +384,14 @@ def narrow_append_calls(draw: Any) -> dict[str, Any]:
         call, count = {}, (batch, int(new_lengths[0]))
     if d >= 2 and draw(st.booleans()):
         call["rotary_cos"], call["rotary_sin"] = rotary(rows * per_row, 2 * (d // 2), dtype)
-    descales = (batch, nheads_k), (nheads_k,), (1,), ()
     return call | {
         "k": tensor(draw, (*count, nheads_k, d), dtype),
         "v": tensor(draw, (*count, nheads_k, dv), dtype),
-        "k_cache": filled((batch * per_row, rows, nheads_k, d), cache_dtype),
-        "v_cache": filled((batch * per_row, rows, nheads_k, dv), cache_dtype),
+        "k_cache": filled((batch * per_row, rows, nheads_k, d), cached),
+        "v_cache": filled((batch * per_row, rows, nheads_k, dv), cached),
         "cache_seqlens": (torch.rand(batch) * (rows * per_row - new_lengths + 1)).int(),
         "page_table": torch.randperm(batch * per_row).int().view(batch, per_row),
-        "k_descale": descale(draw, *descales),
-        "v_descale": descale(draw, *descales),
+        **descales_of_writes(draw, batch, nheads_k),
     }
 
 
@@ -384,4 +426,5 @@ def hide_pages(call: dict[str, Any]) -> None:
 
 
 def poison(cache: Tensor, owned: Tensor) -> Tensor:
-    return torch.where(owned[..., None, None], cache.float(), float("nan")).to(cache.dtype)
+    x = torch.where(owned[..., None, None], cache.float(), float("nan"))
+    return (x.nan_to_num(127) if cache.dtype == torch.int8 else x).to(cache.dtype)

@@ -23,11 +23,13 @@ from sample_inputs import ints, rotary
 from strategies import (
     assert_exact,
     assert_lse,
+    cache_dtype,
     examples,
     extras,
     largest_error,
     masks,
     memory,
+    narrowed,
     threads,
 )
 from torch import Tensor
@@ -187,18 +189,19 @@ def batches(
     options = masks(draw, draw(st.sampled_from([45, 1500])))
     if suffix:
         options["causal"] = True
-    chosen = extras(draw, len(pairs), (nheads, nheads_k), dtype)
+    of_keys = dtype if backward or suffix else cache_dtype(draw, dtype)
+    chosen = extras(draw, len(pairs), (nheads, nheads_k), dtype, of_keys)
     own = {name: x for name, x in chosen.items() if x.dim() == 2}
-    options |= {name: x for name, x in chosen.items() if x.dim() == 1}
+    options |= {name: x for name, x in chosen.items() if x.dim() < 2}
 
-    def rand(*shape: int) -> Tensor:
-        return torch.randn(shape).to(dtype)
+    def rand(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return narrowed(torch.randn(shape), dtype)
 
     return [
         Sequence(
             rand(m, nheads, d),
-            rand(n, nheads_k, d),
-            rand(n, nheads_k, dv),
+            rand(n, nheads_k, d, dtype=of_keys),
+            rand(n, nheads_k, dv, dtype=of_keys),
             rand(m, nheads, dv) if has_qv else None,
             {name: x[b] for name, x in own.items()},
             options,
@@ -209,7 +212,7 @@ def batches(
 
 def stranger(like: Sequence, seqlen_q: int, seqlen_k: int) -> Stranger:
     def nan(x: Tensor, rows: int) -> Tensor:
-        return torch.full((rows, *x.shape[1:]), float("nan"), dtype=torch.float32).to(x.dtype)
+        return narrowed(torch.full((rows, *x.shape[1:]), float("nan")), x.dtype)
 
     qv = None if like.qv is None else nan(like.qv, seqlen_q)
     q, k, v = nan(like.q, seqlen_q), nan(like.k, seqlen_k), nan(like.v, seqlen_k)
@@ -545,10 +548,9 @@ def some(draw: Any, length: int) -> Tensor:
 
 def bad(draw: Any, x: Tensor, rows: Tensor) -> Tensor:
     """x with NaN, an infinity or the largest number in these rows."""
-    worst = draw(
-        st.sampled_from([float("nan"), float("inf"), -float("inf"), torch.finfo(x.dtype).max])
-    )
-    return torch.where(rows[:, None, None], torch.tensor(worst).to(x.dtype), x)
+    largest = torch.finfo(x.dtype).max if x.is_floating_point() else 127.0
+    worst = draw(st.sampled_from([float("nan"), float("inf"), -float("inf"), largest]))
+    return torch.where(rows[:, None, None], narrowed(torch.tensor(worst), x.dtype), x)
 
 
 def spoilt(draw: Any, s: Sequence, keys: Tensor) -> Sequence:

@@ -86,7 +86,7 @@ class TestMessages(TestCase):
             fa3_ops.flash_attn_func,
             """\
 dtype of q: q must have one of the dtypes torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float64, got torch.int64
-dtype of k: k must have dtype torch.float32 like q, got torch.float16
+dtype of k: k must have dtype torch.float32 like q, or one of torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, got torch.float16
 dtype of qv: qv must have dtype torch.float32 like q, got torch.float16
 dtype of alibi_slopes: alibi_slopes must have dtype torch.float32, got torch.float16
 dtype of sinks: sinks must have a floating-point dtype, got torch.int32
@@ -113,7 +113,37 @@ alibi_slopes: alibi_slopes must have shape (4,), got (3,)
 alibi_slopes per batch: alibi_slopes must have shape (2, 4), got (3, 4)
 sinks: sinks must have shape (4,), got (2,)
 sinks twice: sinks and s_aux are the same argument: give one of them, got both
-descale: q_descale must have shape (2, 2), got (2, 4)""",
+descale: q_descale must have shape (2, 2), (2,), (1,) or (), got (2, 4)""",
+        )
+
+    def test_narrow(self) -> None:
+        k, v = (torch.zeros(2, 5, 2, 16, dtype=torch.int8) for _ in "kv")
+        cases = {
+            "dtype of v beside a narrow k": dense(k=k),
+            "dtype of v": dense(v=v),
+            "dtype of another narrow v": dense(k=k.to(torch.float8_e5m2), v=v),
+            "dtype of k beside FP8": dense(q=fp8(2, 3, 4, 16), k=k, v=v),
+            "dtype of k beside float64": dense(q=rand(2, 3, 4, 16).double(), k=k, v=v),
+            "dtype of qv": dense(k=k, v=v, qv=torch.zeros(2, 3, 4, 16, dtype=torch.int8)),
+            "dtype of a descale": dense(k=k, v=v, v_descale=torch.ones(2).half()),
+            "descale of a batch": dense(k=k, v=v, v_descale=torch.ones(3, 2)),
+            "rank of a descale": dense(k=k, v=v, k_descale=torch.ones(2, 2, 1)),
+            "device of a descale": dense(k=k, v=v, k_descale=torch.ones(2, device="meta")),
+        }
+        self.check(
+            cases,
+            fa3_ops.flash_attn_func,
+            """\
+dtype of v beside a narrow k: v must have dtype torch.int8 like k, got torch.float32
+dtype of v: v must have dtype torch.float32 like q, got torch.int8
+dtype of another narrow v: v must have dtype torch.float8_e5m2 like k, got torch.int8
+dtype of k beside FP8: k must have dtype torch.float8_e4m3fn like q, got torch.int8
+dtype of k beside float64: k must have dtype torch.float64 like q, got torch.int8
+dtype of qv: qv must have dtype torch.float32 like q, got torch.int8
+dtype of a descale: v_descale must have dtype torch.float32, got torch.float16
+descale of a batch: v_descale must have shape (2, 2), (2,), (1,) or (), got (3, 2)
+rank of a descale: k_descale must have shape (2, 2), (2,), (1,) or (), got (2, 2, 1)
+device of a descale: k_descale must be on the device of q, cpu, got meta""",
         )
 
     def test_varlen(self) -> None:
@@ -326,7 +356,7 @@ class TestWhereChecksLive:
                 page_table=ints(0, 3, 5, 6).view(2, 2),
             )
 
-    @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.complex64])
+    @pytest.mark.parametrize("dtype", [torch.int16, torch.uint8, torch.int32, torch.complex64])
     def test_leaves_refuse_dtypes_without_arithmetic(self, dtype: torch.dtype) -> None:
         """Elements of another size than float64's would be read and written outside the tensor."""
         text = "must be float64, float32, float16, bfloat16 or float8_e4m3fn, got "
@@ -335,8 +365,11 @@ class TestWhereChecksLive:
         with pytest.raises(RuntimeError, match=f"x {text}"):
             ops.apply_rotary(x, table, table, ints(0, 4))
         cache = torch.zeros(2, 8, 2, 16, dtype=dtype)
+        text = text.replace(" or float8_e4m3fn", ", float8_e4m3fn, float8_e5m2 or int8")
         with pytest.raises(RuntimeError, match=f"k_cache {text}"):
             ops.kvcache_append_(x, x, cache, cache.clone(), ints(0, 4))
+        with pytest.raises(RuntimeError, match=f"k_cache {text}"):
+            ops.kvcache_scatter_(x[0], x[0], cache, cache.clone(), ints(0, 4))
 
     @pytest.mark.parametrize(
         ("change", "text"),

@@ -43,7 +43,20 @@ def test_every_function_fits_a_screen() -> None:
     assert long == {}
 
 
-@pytest.mark.parametrize("module", ["fa3_ops.tools", "fa3_ops.testing", "torch_npu"])
+def test_integrations_call_public_functions_alone() -> None:
+    inside = r"(?m)^\s*(?:from|import) (fa3_ops\.(?!integrations\b)\S+)"
+    folder = ROOT / "fa3_ops" / "integrations"
+    imports = {
+        str(path.relative_to(ROOT)): re.findall(inside, path.read_text())
+        for path in folder.rglob("*.py")
+    }
+    assert len(imports) > 1
+    assert {path: names for path, names in imports.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    "module", ["fa3_ops.tools", "fa3_ops.testing", "fa3_ops.integrations", "torch_npu"]
+)
 def test_importing_the_package_leaves_the_rest_alone(module: str) -> None:
     code = f"import sys, fa3_ops; sys.exit({module!r} in sys.modules)"
     environment = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import (
 from torch.utils.flop_counter import FlopCounterMode
 
 import fa3_ops
+from fa3_ops.ops.checks import NARROW
 
 ops = torch.ops.fa3npu
 
@@ -74,13 +75,23 @@ class TestAutocast:
             read, _ = ops.flash_attn_kvcache(q, k_cache, v_cache)
         assert torch.equal(read, ops.flash_attn_kvcache(q.bfloat16(), k_cache, v_cache)[0])
 
+    @pytest.mark.parametrize("dtype", NARROW, ids=str)
+    def test_a_narrow_cache_stays_and_q_takes_autocasts_dtype(self, dtype: torch.dtype) -> None:
+        q, cache = rand(2, 1, 4, 16), rand(2, 8, 2, 16).to(dtype)
+        call = {"k_descale": torch.tensor([0.5, 2.0]), "cache_seqlens": ints(3, 8)}
+        want = ops.flash_attn_with_kvcache(q.bfloat16(), cache, cache.clone(), **call)
+        for op in (ops.flash_attn_with_kvcache, ops.flash_attn_kvcache):
+            with torch.autocast("cpu", torch.bfloat16):
+                got = op(q, cache, cache.clone(), **call)
+            assert got[0].dtype == torch.bfloat16
+            assert torch.equal(got[0], want[0])
+            assert torch.equal(got[1], want[1])
+
     def test_fp8_is_never_the_product_of_a_cast(self) -> None:
-        cache = rand(2, 8, 2, 16).to(torch.float8_e4m3fn)
-        with (
-            torch.autocast("cpu", torch.bfloat16),
-            pytest.raises(TypeError, match=r"k_cache must have dtype torch\.float32 like q"),
-        ):
-            ops.flash_attn_with_kvcache(rand(2, 1, 4, 16), cache, cache.clone())
+        q, cache = (rand(2, 8, 2, 16).to(torch.float8_e4m3fn) for _ in "qk")
+        with torch.autocast("cpu", torch.bfloat16):
+            got = ops.flash_attn_with_kvcache(q, cache, cache.clone())
+        assert torch.equal(got[0], ops.flash_attn_kvcache(q, cache, cache)[0])
 
     def test_double_stays_double(self) -> None:
         with torch.autocast("cpu", torch.bfloat16):

@@ -19,6 +19,12 @@ inline int64_t round_up(int64_t x, int64_t multiple) {
   return (x + multiple - 1) / multiple * multiple;
 }
 
+// Of 8 bits: what only a cache may hold beside a wider q, times a descale.
+inline bool is_narrow(ScalarType dtype) {
+  return dtype == ScalarType::Float8_e4m3fn || dtype == ScalarType::Float8_e5m2 ||
+         dtype == ScalarType::Char;
+}
+
 // A tensor of head vectors, each contiguous. Strides are in bytes.
 struct Rows {
   char* data = nullptr;
@@ -54,7 +60,7 @@ struct Attention {
   Rows q, k, v, qv, out;
   Rows dout, dq, dk, dv, delta;  // backward only; delta: a number per row, as the sums
   Scalars softmax_lse, dsoftmax_lse;
-  Scalars q_descale, k_descale, v_descale;  // (batch, nheads_k); read only for FP8
+  Scalars q_descale, k_descale, v_descale;  // by sequence and KV head; empty: 1
   Scalars alibi_slopes;                     // (batch or 1, nheads)
   Scalars sinks;                            // (nheads,)
   const Sequence* sequences;

@@ -1,5 +1,6 @@
 """torch.autocast: q, k and v take the autocast dtype, as scaled_dot_product_attention's do; with a
-cache, q and the new keys and values take the cache's dtype, which is never cast."""
+cache, q and the new keys and values take the cache's dtype, which is never cast, unless it is one
+of 8 bits."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fa3_ops.ops.checks import NARROW
 from fa3_ops.ops.library import implement
 from fa3_ops.ops.schema import bind
 
@@ -43,12 +45,15 @@ def cast_training(q: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 
 
 def _casting(op: Any, key: str, names: tuple[str, ...], like: str | None) -> Callable[..., Any]:
-    """Casts the named arguments to the dtype of `like`, or to autocast's, and calls the op."""
+    """Casts the named arguments to the dtype of `like`, or to autocast's, and calls the op. Beside
+    a narrow cache they take autocast's, too."""
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         given = bind(op, args, kwargs)
-        dtype = given[like].dtype if like else torch.get_autocast_dtype(_device(key))
+        dtype = given[like].dtype if like else None
+        if dtype is None or dtype in NARROW:
+            dtype = torch.get_autocast_dtype(_device(key))
         for name in names:
             x = given.get(name)
             # A table of another dtype than the cache's is one of float32, which rounds nothing.

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from fa3_ops.ops.checks import NARROW
 from fa3_ops.ops.library import implement
 from fa3_ops.ops.schema import bind, name_of, signature
 
@@ -188,8 +189,8 @@ def differentiable(op: Any, backward_op: Any) -> type[Recorded]:
             ctx.no_gradient = None
             if given["qv"] is not None:
                 ctx.no_gradient = f"{name} with qv"
-            elif given["q"].dtype == torch.float8_e4m3fn:
-                ctx.no_gradient = f"{name} of float8_e4m3fn"
+            elif given["k"].dtype in NARROW:
+                ctx.no_gradient = f"{name} of {given['k'].dtype}".replace("torch.", "")
             ctx.save_for_backward(*(given[n] for n in tensors), *output)
             ctx.set_materialize_grads(False)
             return output

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float64)
-# Of a cache, below the dtype of what is written to it.
-NARROW_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+# Of k and v beside a q of 16 or 32 bits, times a descale.
+NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+WIDE = (torch.float32, torch.float16, torch.bfloat16)
 METADATA_DTYPES = (torch.int32, torch.uint8)
 MAX_HEADDIM = 512
 OPTIONAL = (
@@ -234,17 +235,10 @@ def attention(
     if q_dtype not in DTYPES:
         names = ", ".join(str(d) for d in DTYPES)
         raise TypeError(f"q must have one of the dtypes {names}, got {q_dtype}")
-    dtype(k, q_dtype, k_name, " like q")
-    dtype(v, q_dtype, v_name, " like q")
+    if k.dtype is not q_dtype or v.dtype is not q_dtype:
+        _narrow(q, k, v, k_name, v_name)
     others = (
-        k,
-        v,
-        seqused_k,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_q,
-        cache_batch_idx,
-        cache_leftpad,
+        k, v, seqused_k, cu_seqlens_q, cu_seqlens_k, seqused_q, cache_batch_idx, cache_leftpad,
         page_table,
     )  # fmt: skip
     for t in others:
@@ -279,7 +273,13 @@ def attention(
     lengths(cache_batch_idx, batch_size, "cache_batch_idx")
     lengths(cache_leftpad, batch_size, "cache_leftpad")
     if not (q_descale is k_descale is v_descale is scheduler_metadata is None):
-        _descales(q, (batch_size, nheads_k), q_descale, k_descale, v_descale, scheduler_metadata)
+        given = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+        same_device(q, given | {"scheduler_metadata": scheduler_metadata})
+        for x, (name, t) in zip((q, k, v), given.items(), strict=True):
+            if x.dtype in NARROW:
+                descale(t, batch_size, nheads_k, name)
+        if scheduler_metadata is not None:
+            _metadata(scheduler_metadata)
     if not (qv is alibi_slopes is sinks is None):
         _extras(q, v, batch_size, qv, alibi_slopes, sinks)
     if out is not None:
@@ -333,24 +333,31 @@ def _refuse_heads(
     raise ValueError(f"{wrong} must be in [1, {MAX_HEADDIM}], got {n}")
 
 
-def _descales(
-    q: Tensor,
-    expected: tuple[object, ...],
-    q_descale: Tensor | None,
-    k_descale: Tensor | None,
-    v_descale: Tensor | None,
-    scheduler_metadata: Tensor | None,
-) -> None:
-    descales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
-    same_device(q, descales | {"scheduler_metadata": scheduler_metadata})
-    for name, t in descales.items():
-        if t is not None and q.dtype is torch.float8_e4m3fn:
-            dtype(t, torch.float32, name)
-            shape(t, expected, name)
-    if scheduler_metadata is not None and scheduler_metadata.dtype not in METADATA_DTYPES:
+def _narrow(q: Tensor, k: Tensor, v: Tensor, k_name: str, v_name: str) -> None:
+    """k and v that have not both q's dtype: they share a narrow one."""
+    if q.dtype not in WIDE or k.dtype not in NARROW:
+        instead = f", or one of {', '.join(map(str, NARROW))}" if q.dtype in WIDE else ""
+        dtype(k, q.dtype, k_name, f" like q{instead}")
+    dtype(v, k.dtype, v_name, " like q" if k.dtype is q.dtype else f" like {k_name}")
+
+
+def descale(t: Tensor | None, batch_size: int | None, nheads_k: int, name: str) -> None:
+    """Factors by sequence and KV head, where there are sequences, by KV head, or one for all."""
+    if t is None:
+        return
+    dtype(t, torch.float32, name)
+    sizes = tuple(t.shape)
+    if sizes not in ((), (1,), (nheads_k,), (batch_size, nheads_k)):
+        by_sequence = "" if batch_size is None else f"({batch_size}, {nheads_k}), "
+        raise ValueError(
+            f"{name} must have shape {by_sequence}({nheads_k},), (1,) or (), got {sizes}"
+        )
+
+
+def _metadata(t: Tensor) -> None:
+    if t.dtype not in METADATA_DTYPES:
         raise TypeError(
-            "scheduler_metadata must have dtype torch.int32 or torch.uint8, "
-            f"got {scheduler_metadata.dtype}"
+            f"scheduler_metadata must have dtype torch.int32 or torch.uint8, got {t.dtype}"
         )
 
 
@@ -390,13 +397,13 @@ def _out(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def narrows(x: Tensor, cache: Tensor) -> bool:
     """Whether the cache has no room for all bits of x, which is quantised when it is written."""
-    return cache.dtype in NARROW_DTYPES and x.dtype in (torch.float16, torch.bfloat16)
+    return cache.dtype in NARROW and x.dtype in WIDE
 
 
 def new_dtype(x: Tensor, name: str, cache: Tensor, cache_name: str) -> None:
     """Of new keys or values."""
     if x.dtype is not cache.dtype and not narrows(x, cache):
-        wide = " or be float16 or bfloat16" if cache.dtype in NARROW_DTYPES else ""
+        wide = " or be float16, bfloat16 or float32" if cache.dtype in NARROW else ""
         raise TypeError(
             f"{name} must have dtype {cache.dtype} like {cache_name}{wide}, got {x.dtype}"
         )
@@ -414,7 +421,7 @@ def scatter(
     """What kvcache_scatter_ asks of its arguments; the values of slots are the kernel's."""
     others = {"k": k, "v": v, "v_cache": v_cache, "slot_mapping": slot_mapping}
     same_device(k_cache, others | {"k_descale": k_descale, "v_descale": v_descale}, "k_cache")
-    if k_cache.dtype not in (*DTYPES, *NARROW_DTYPES):
+    if k_cache.dtype not in (*DTYPES, *NARROW):
         names = ", ".join(str(d) for d in (*DTYPES, torch.float8_e5m2, torch.int8))
         raise TypeError(f"k_cache must have one of the dtypes {names}, got {k_cache.dtype}")
     dtype(v_cache, k_cache.dtype, "v_cache", " like k_cache")
@@ -439,23 +446,8 @@ def scatter(
         raise ValueError(
             f"slot_mapping must have at most the {count} rows of k, got {slot_mapping.shape[0]}"
         )
-    descale(k_descale, "k_descale", nheads_k)
-    descale(v_descale, "v_descale", nheads_k)
-
-
-def descale(
-    t: Tensor | None, name: str, nheads_k: object, batch_size: object | None = None
-) -> None:
-    """Factors of a narrow cache; without batch_size not by sequence."""
-    if t is None:
-        return
-    dtype(t, torch.float32, name)
-    allowed = [(nheads_k,), (1,), ()] + ([] if batch_size is None else [(batch_size, nheads_k)])
-    if tuple(t.shape) not in allowed:
-        by_sequence = "" if batch_size is None else f"({batch_size}, {nheads_k}), "
-        raise ValueError(
-            f"{name} must have shape {by_sequence}({nheads_k},), (1,) or (), got {tuple(t.shape)}"
-        )
+    descale(k_descale, None, nheads_k, "k_descale")
+    descale(v_descale, None, nheads_k, "v_descale")
 
 
 def append(

@@ -113,8 +113,7 @@ def _append(
         q, cache_seqlens = _write(
             *(q, k, v, k_cache, v_cache, cache_seqlens, cache_batch_idx, page_table, cu_seqlens_q),
             *(cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved),
-            *(k_descale, v_descale),
-            causal or max(window_size) >= 0 or attention_chunk > 0,
+            *(k_descale, v_descale, causal or max(window_size) >= 0 or attention_chunk > 0),
         )
     return (
         q, k_cache, v_cache, qv, cache_seqlens, cache_batch_idx, cache_leftpad, page_table,

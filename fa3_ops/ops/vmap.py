@@ -20,7 +20,7 @@ def _folds(names: Sequence[str], in_dims: tuple[int | None, ...], args: tuple[An
     """Whether all that belongs to a batch entry can be put into one larger batch: what else there
     is must be the same for every entry."""
     return all(
-        name in _BATCHED or not isinstance(x, Tensor) or (dim is None and x.dim() == 1)
+        name in _BATCHED or not isinstance(x, Tensor) or (dim is None and x.dim() <= 1)
         for name, dim, x in zip(names, in_dims, args, strict=False)
     )
 

@@ -18,6 +18,7 @@ FLOAT32 = (
     *("alibi_slopes", "softmax_lse", "dsoftmax_lse", "out_partial", "lse_partial"),
     *("q_descale", "k_descale", "v_descale"),
 )
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class SampleCall:
         """What torch.library.opcheck can test of this call. Its schema test compares tensors by
         arithmetic that float8 lacks; its autograd test knows three types of devices."""
         tensors = [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
-        eight = any(x.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) for x in tensors)
+        eight = any(x.dtype in FLOAT8 for x in tensors)
         known = all(x.device.type in ("cpu", "cuda", "xpu") for x in tensors)
         return (
             *(() if eight else ("test_schema",)),
@@ -48,7 +49,7 @@ def sample_calls(
     device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Iterator[SampleCall]:
     """Some calls of every operator, the same ones every time, with tensors on the device. What has
-    the dtype of q is of `dtype` in most of them; some are bfloat16 or float8 whatever it is."""
+    the dtype of q is of `dtype` in most of them; some are of 8 or 16 bits whatever it is."""
     for operator, make in SAMPLES.items():
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(0)
@@ -123,6 +124,8 @@ def flash_attn_varlen_func() -> Iterator[Sample]:
     yield (q, k, v, *lengths), {"alibi_slopes": torch.rand(3, 4), "sinks": rand(4, grad=True)}
     dense_k = (rand(3, 9, 2, 16), rand(3, 9, 2, 8))
     yield (q, *dense_k, lengths[0], None, 6, None), {"seqused_k": ints(9, 3, 1)}
+    half, eight = rand(11, 4, 16).half(), (fp8(17, 2, 16), fp8(17, 2, 8))
+    yield (half, *eight, *lengths), {"k_descale": torch.rand(3, 2), "v_descale": torch.rand(2)}
 
 
 def flash_attn_varlen_func_out() -> Iterator[Sample]:
@@ -174,6 +177,19 @@ def flash_attn_kvcache() -> Iterator[Sample]:
             "causal": True,
             "sinks": rand(4),
             "softcap": 5.0,
+        },
+    )
+    half = rand(3, 2, 4, 16, dtype=torch.bfloat16)
+    eight = tuple(x.to(torch.float8_e5m2) for x in cache)
+    yield (half, *eight), {"cache_seqlens": ints(32, 7, 0), "k_descale": torch.rand(3, 2)}
+    both = torch.randint(-128, 128, (10, 2, 4, 24), dtype=torch.int8).transpose(1, 2)
+    yield (
+        (half[:2], both[..., :16], both[..., 16:]),
+        {
+            "cache_seqlens": ints(11, 5),
+            "page_table": table,
+            "k_descale": torch.tensor([0.02, 0.03]),
+            "v_descale": torch.tensor(0.02),
         },
     )
 

@@ -153,7 +153,7 @@ def check_random(name: str, call: dict[str, Any], **bounds: int) -> None:
 @FALLBACK
 @pytest.mark.usefixtures("any_kernel")
 @examples
-@given(served_calls(packed=False) | for_kernels(dense_calls((torch.float16,))))
+@given(served_calls(packed=False) | for_kernels(dense_calls((torch.float16,), narrow=False)))
 def test_random_dense_calls(call: dict[str, Any]) -> None:
     check_random("flash_attn_func", call)
 
@@ -161,7 +161,7 @@ def test_random_dense_calls(call: dict[str, Any]) -> None:
 @FALLBACK
 @pytest.mark.usefixtures("any_kernel")
 @examples
-@given(served_calls(packed=True) | for_kernels(varlen_calls((torch.float16,))))
+@given(served_calls(packed=True) | for_kernels(varlen_calls((torch.float16,), narrow=False)))
 def test_random_packed_calls(call: dict[str, Any]) -> None:
     check_random("flash_attn_varlen_func", call, max_seqlen_q=40, max_seqlen_k=80)
 

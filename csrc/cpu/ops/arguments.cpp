@@ -29,12 +29,20 @@ void check_shape(const Tensor& t, std::vector<int64_t> shape, const char* name) 
   FA3_CHECK(false, name, " must have shape (", wanted, "), got ", shape_of(t));
 }
 
-Scalars scalars_of(const Tensor& t) {  // (nheads,) or (batch, nheads)
+Scalars scalars_of(const Tensor& t) {  // (batch, nheads), (nheads,), or one number for all
   Scalars s;
   s.data = const_cast<float*>(t.const_data_ptr<float>());
   s.batch = t.dim() == 2 ? t.stride(0) : 0;
-  s.head = t.stride(-1);
+  s.head = t.dim() == 0 || t.size(-1) == 1 ? 0 : t.stride(-1);
   return s;
+}
+
+// Keys are of q's dtype, or a narrow cache beside a q of 16 or 32 bits.
+void check_keys_dtype(const Tensor& q, const Tensor& k, const Tensor& v) {
+  const ScalarType dtype = q.scalar_type();
+  const bool wider = dtype != ScalarType::Double && !is_narrow(dtype);
+  if (!wider || !is_narrow(k.scalar_type())) check_dtype(k, dtype, "k");
+  check_dtype(v, k.scalar_type(), "v");
 }
 
 }  // namespace
@@ -46,12 +54,8 @@ int64_t element_size(ScalarType dtype) {
     case ScalarType::Float:
     case ScalarType::Int:
       return 4;
-    case ScalarType::Float8_e4m3fn:
-    case ScalarType::Float8_e5m2:
-    case ScalarType::Char:
-      return 1;
     default:
-      return 2;
+      return is_narrow(dtype) ? 1 : 2;
   }
 }
 
@@ -61,37 +65,35 @@ std::string shape_of(const Tensor& t) {
   return text + (t.dim() == 1 ? ",)" : ")");
 }
 
-void check_attention_dtype(const Tensor& t, const char* name) {
-  const ScalarType dtype = t.scalar_type();
-  FA3_CHECK(dtype == ScalarType::Double || dtype == ScalarType::Float ||
-                dtype == ScalarType::Half || dtype == ScalarType::BFloat16 ||
-                dtype == ScalarType::Float8_e4m3fn,
-            name, " must be float64, float32, float16, bfloat16 or float8_e4m3fn, got ",
-            torch::headeronly::toString(dtype));
+bool is_attention_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::Half ||
+         dtype == ScalarType::BFloat16 || dtype == ScalarType::Float8_e4m3fn;
 }
 
-bool is_narrow(ScalarType dtype) { return element_size(dtype) == 1; }
+void check_attention_dtype(const Tensor& t, const char* name) {
+  FA3_CHECK(is_attention_dtype(t.scalar_type()), name,
+            " must be float64, float32, float16, bfloat16 or float8_e4m3fn, got ",
+            torch::headeronly::toString(t.scalar_type()));
+}
 
 void check_cache_dtype(const Tensor& t, const char* name) {
   const ScalarType dtype = t.scalar_type();
-  if (dtype != ScalarType::Float8_e5m2 && dtype != ScalarType::Char) check_attention_dtype(t, name);
+  FA3_CHECK(
+      is_attention_dtype(dtype) || dtype == ScalarType::Float8_e5m2 || dtype == ScalarType::Char,
+      name, " must be float64, float32, float16, bfloat16, float8_e4m3fn, float8_e5m2 or ",
+      "int8, got ", torch::headeronly::toString(dtype));
 }
 
 Scalars descales_of(const MaybeTensor& t, std::optional<int64_t> batch_size, int64_t nheads_k,
                     const char* name) {
   if (!t) return Scalars();
   check_dtype(*t, ScalarType::Float, name);
-  const int64_t dim = t->dim();
-  const bool of_heads = dim > 0 && t->size(-1) == nheads_k;
-  const bool fits = dim == 0 || (dim == 1 && (of_heads || t->size(0) == 1)) ||
-                    (dim == 2 && batch_size && t->size(0) == *batch_size && of_heads);
-  FA3_CHECK(fits, name, " must have shape ", batch_size ? "(batch_size, nheads_k), " : "",
-            "(nheads_k,) or be one number, with ", nheads_k, " heads, got ", shape_of(*t));
-  Scalars s;
-  s.data = const_cast<float*>(t->const_data_ptr<float>());
-  s.batch = dim == 2 ? t->stride(0) : 0;
-  s.head = of_heads ? t->stride(-1) : 0;
-  return s;
+  const bool of_all =
+      t->dim() == 0 || (t->dim() == 1 && (t->size(0) == 1 || t->size(0) == nheads_k));
+  FA3_CHECK(of_all || batch_size, name, " must have shape (", nheads_k, ",), (1,) or (), got ",
+            shape_of(*t));
+  if (!of_all) check_shape(*t, {*batch_size, nheads_k}, name);
+  return scalars_of(*t);
 }
 
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {
@@ -185,13 +187,11 @@ AttentionCall::AttentionCall(const AttentionArguments& args)
     : args_(args),
       packed_q_(args.cu_seqlens_q.has_value()),
       packed_k_(args.cu_seqlens_k.has_value()) {
-  const ScalarType dtype = args.q.scalar_type();
   check_attention_dtype(args.q, "q");
   check_dim(args.q, packed_q_ ? 3 : 4, "q");
   check_dim(args.k, packed_k_ ? 3 : 4, "k");
   check_dim(args.v, packed_k_ ? 3 : 4, "v");
-  check_dtype(args.k, dtype, "k");
-  check_dtype(args.v, dtype, "v");
+  check_keys_dtype(args.q, args.k, args.v);
   q_ = contiguous_rows(args.q);
   k_ = contiguous_rows(args.k);
   v_ = contiguous_rows(args.v);
@@ -302,15 +302,12 @@ void AttentionCall::set_scores(const AttentionArguments& args) {
     kept_.push_back(contiguous_rows(*args.qv));
     a.qv = rows_of(kept_.back());
   }
-  const auto descale = [&](const MaybeTensor& t, const char* name) {
-    if (!t || a.q.dtype != ScalarType::Float8_e4m3fn) return Scalars();
-    check_shape(*t, {a.batch_size, a.nheads_k}, name);
-    check_dtype(*t, ScalarType::Float, name);
-    return scalars_of(*t);
+  const auto descale = [&](const Rows& of, const MaybeTensor& t, const char* name) {
+    return is_narrow(of.dtype) ? descales_of(t, a.batch_size, a.nheads_k, name) : Scalars();
   };
-  a.q_descale = descale(args.q_descale, "q_descale");
-  a.k_descale = descale(args.k_descale, "k_descale");
-  a.v_descale = descale(args.v_descale, "v_descale");
+  a.q_descale = descale(a.q, args.q_descale, "q_descale");
+  a.k_descale = descale(a.k, args.k_descale, "k_descale");
+  a.v_descale = descale(a.v, args.v_descale, "v_descale");
   const auto as_float = [&](const Tensor& t) {
     kept_.push_back(torch::stable::to(t, ScalarType::Float));
     return scalars_of(kept_.back());
@@ -413,7 +410,7 @@ std::tuple<Tensor, Tensor, Tensor> AttentionCall::backward(const Tensor& dout_, 
                                                            const Tensor& softmax_lse,
                                                            const MaybeTensor& dsoftmax_lse) {
   Attention& a = attention;
-  FA3_CHECK(a.q.dtype != ScalarType::Float8_e4m3fn, "float8_e4m3fn has no backward");
+  FA3_CHECK(!is_narrow(a.k.dtype), torch::headeronly::toString(a.k.dtype), " has no backward");
   const Tensor dout = contiguous_rows(dout_), out = contiguous_rows(out_);
   check_shape(dout, shape_like_q(a.headdim_v), "dout");
   check_shape(out, shape_like_q(a.headdim_v), "out");

@@ -22,11 +22,11 @@ using MaybeTensor = std::optional<Tensor>;
 std::string shape_of(const Tensor& t);
 int64_t element_size(ScalarType dtype);  // in bytes
 
+bool is_attention_dtype(ScalarType dtype);
 void check_attention_dtype(const Tensor& t, const char* name);
 
-// A cache may also be narrow, of float8_e5m2 or int8; float8_e4m3fn is both.
+// A cache may also be of float8_e5m2 or int8.
 void check_cache_dtype(const Tensor& t, const char* name);
-bool is_narrow(ScalarType dtype);
 
 // float32 factors of what a narrow cache holds: (batch_size, nheads_k), (nheads_k,) or one number;
 // without batch_size not by sequence.

@@ -54,13 +54,19 @@ void quantise_to(ScalarType dtype, const char* from, int64_t n, float descale, c
 void write_row(const char* from, ScalarType dtype, char* to, ScalarType cache_dtype, int64_t n,
                float descale, const Rotary* rotary, int64_t position) {
   if (dtype == cache_dtype) return copy_row(from, to, dtype, n, rotary, position);
-  std::array<char, kMaxHeadDim * sizeof(c10::Half)> turned;
+  std::array<char, kMaxHeadDim * sizeof(float)> turned;
   if (rotary) {
     rotary->rotate(from, turned.data(), dtype, n, position);
     from = turned.data();
   }
-  if (dtype == ScalarType::Half) return quantise_to<c10::Half>(cache_dtype, from, n, descale, to);
-  quantise_to<c10::BFloat16>(cache_dtype, from, n, descale, to);
+  switch (dtype) {
+    case ScalarType::Half:
+      return quantise_to<c10::Half>(cache_dtype, from, n, descale, to);
+    case ScalarType::BFloat16:
+      return quantise_to<c10::BFloat16>(cache_dtype, from, n, descale, to);
+    default:
+      return quantise_to<float>(cache_dtype, from, n, descale, to);
+  }
 }
 
 }  // namespace
@@ -92,10 +98,11 @@ void CacheWrite::check_pair(const Tensor& x, const Tensor& cache, const char* na
   FA3_CHECK(x.dim() == dim && x.size(-2) == cache.size(2) && x.size(-1) == cache.size(3), name,
             " must have the batch, nheads_k and headdim of the call, got ", shape_of(x));
   const ScalarType dtype = x.scalar_type();
-  const bool narrows = is_narrow(cache.scalar_type()) && x.size(-1) <= kMaxHeadDim &&
-                       (dtype == ScalarType::Half || dtype == ScalarType::BFloat16);
+  const bool narrows =
+      is_narrow(cache.scalar_type()) && x.size(-1) <= kMaxHeadDim &&
+      (dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float);
   FA3_CHECK(dtype == cache.scalar_type() || narrows, name, " must have the dtype of its cache",
-            is_narrow(cache.scalar_type()) ? ", float16 or bfloat16" : "", ", got ",
+            is_narrow(cache.scalar_type()) ? ", float16, bfloat16 or float32" : "", ", got ",
             torch::headeronly::toString(dtype));
 }
 

@@ -33,7 +33,7 @@ void compute_delta(const Attention& a, int64_t threads) {
   for (int64_t b = 0; b < a.batch_size; ++b)
     for (int64_t i = 0; i < a.sequences[b].q_len; i += kPositions)
       work.push_back({b, i, std::min(i + kPositions, a.sequences[b].q_len)});
-  const Kernels& k = kernels(a.q.dtype);
+  const Kernels& k = kernels(a);
   run_dynamically(threads, work.size(), k.backward_bytes(a), [&](int64_t i, Memory scratch) {
     k.backward_delta(a, work[i].sequence, work[i].begin, work[i].end, scratch);
   });
@@ -69,7 +69,7 @@ int64_t choose_key_tile(const std::vector<Head>& heads, int64_t threads) {
 // Heads whose dq is summed at the same time.
 void run_wave(const Attention& a, int64_t threads, int64_t key_tile, const Head* heads,
               const Head* end, int64_t row_tiles, Memory dq) {
-  const Kernels& k = kernels(a.q.dtype);
+  const Kernels& k = kernels(a);
   const auto dq_of = [&](const Head& h) {
     const int64_t bytes = k.dq_bytes(a);
     return dq.slice(h.row_tiles_before * bytes, row_tiles_of(a, h) * bytes);
@@ -109,7 +109,7 @@ void attention_backward(const Attention& call) {
   if (most_rows > 0) compute_delta(a, threads);
 
   const int64_t key_tile = choose_key_tile(heads, threads);
-  const int64_t tile_bytes = kernels(a.q.dtype).dq_bytes(a);
+  const int64_t tile_bytes = kernels(a).dq_bytes(a);
   const Head* const end = heads.data() + heads.size();
   GrowingMemory dq;
   for (Head *first = heads.data(), *last; first < end; first = last) {

@@ -166,7 +166,7 @@ class Forward {
   Memory state(Memory states, int64_t i) const { return states.part(i, state_bytes_); }
 
   Attention a_;
-  const Kernels& k_ = kernels(a_.q.dtype);
+  const Kernels& k_ = kernels(a_);
   int64_t threads_;
   std::vector<RowTile> tiles_;
   std::vector<Chunks> chunks_;  // of each unit

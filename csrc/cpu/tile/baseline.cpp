@@ -1,6 +1,7 @@
 #include "cpu/tile/baseline.h"
 
 #include <torch/headeronly/util/Float8_e4m3fn.h>
+#include <torch/headeronly/util/Float8_e5m2.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <array>
@@ -9,14 +10,31 @@
 
 namespace fa3npu {
 
-const float* float8_table() {
-  static const std::array<float, 256> table = [] {
-    std::array<float, 256> values;
-    for (int i = 0; i < 256; ++i)
-      values[i] = c10::Float8_e4m3fn(uint8_t(i), c10::Float8_e4m3fn::from_bits());
-    return values;
-  }();
-  return table.data();
+namespace {
+
+using torch::headeronly::ScalarType;
+
+// of a dtype whose numbers `make` gives
+template <class Make>
+std::array<float, 256> values_of(const Make& make) {
+  std::array<float, 256> values;
+  for (int code = 0; code < 256; ++code) values[code] = float(make(uint8_t(code)));
+  return values;
+}
+
+}  // namespace
+
+const float* narrow_values(ScalarType dtype) {
+  using c10::Float8_e4m3fn, c10::Float8_e5m2;
+  static const auto e4m3 =
+      values_of([](uint8_t x) { return Float8_e4m3fn(x, Float8_e4m3fn::from_bits()); });
+  static const auto e5m2 =
+      values_of([](uint8_t x) { return Float8_e5m2(x, Float8_e5m2::from_bits()); });
+  static const auto int8 = values_of([](uint8_t x) { return int8_t(x); });
+  return (dtype == ScalarType::Float8_e4m3fn ? e4m3
+          : dtype == ScalarType::Float8_e5m2 ? e5m2
+                                             : int8)
+      .data();
 }
 
 uint16_t float_to_half(float x) { return c10::Half(x).x; }

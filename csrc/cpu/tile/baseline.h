@@ -2,11 +2,14 @@
 
 #pragma once
 
+#include <torch/headeronly/core/ScalarType.h>
+
 #include <cstdint>
 
 namespace fa3npu {
 
-const float* float8_table();  // the 256 values of float8_e4m3fn
+// The values of the 256 codes of a dtype of 8 bits: float8_e4m3fn, float8_e5m2, int8.
+const float* narrow_values(torch::headeronly::ScalarType dtype);
 uint16_t float_to_half(float x);
 
 // Throws: a kernel wants more memory than was planned for it.

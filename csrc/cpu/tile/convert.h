@@ -81,9 +81,122 @@ struct FromHalf {
   }
 };
 
+// The next kLanes<float> bytes as whole numbers.
+INLINE Vec<Pair> bytes(const char* from) {
+#if FA3NPU_AVX512
+  return (Vec<Pair>)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif FA3NPU_BYTES == 32
+  return (Vec<Pair>)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  typedef int8_t Narrow __attribute__((vector_size(kLanes<float>)));
+  Narrow x;
+  __builtin_memcpy(&x, from, sizeof(x));
+#if defined(__aarch64__)
+  uint32_t all;
+  __builtin_memcpy(&all, &x, sizeof(all));
+  return vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(all))));
+#else
+  return __builtin_convertvector(x, Vec<Pair>);
+#endif
+#endif
+}
+
+// Numbers of 8 bits, which float32 and bfloat16 hold exactly.
+template <class U>
+struct FromInt8 {
+  static constexpr int64_t kElements = kLanes<float>, kBytes = 1;
+  INLINE static Vec<float> vector(const char* from) {
+    return __builtin_convertvector(bytes(from), Vec<float>);
+  }
+};
+
+// A sign, an exponent that is 0 of numbers without a leading 1, and Mantissa bits. Codes with all
+// bits of kSpecial are not finite.
+template <int Mantissa>
+struct Float8 {
+  static constexpr int kBias = Mantissa == 3 ? 7 : 15;
+  static constexpr int kSpecial = Mantissa == 3 ? 0x7f : 0x7c;
+  static constexpr int kTiny = 1 - kBias - Mantissa;  // the least number is a power of 2: this one
+};
+template <class U, int Mantissa>
+struct FromFloat8 : Float8<Mantissa> {
+  using Format = Float8<Mantissa>;
+  static constexpr int64_t kElements = kLanes<float>, kBytes = 1;
+  INLINE static Vec<float> vector(const char* from) {
+    constexpr float tiny = 1.0f / (1 << -Format::kTiny);
+    const Vec<Pair> code = bytes(from), magnitude = code & 0x7f;
+    const Vec<Pair> small = (Vec<Pair>)(__builtin_convertvector(magnitude, Vec<float>) * tiny);
+    Vec<Pair> x = (magnitude << (23 - Mantissa)) + ((127 - Format::kBias) << 23);
+    x = magnitude < (1 << Mantissa) ? small : x;
+    x |= (magnitude >= Format::kSpecial) & 0x7f800000;
+    return (Vec<float>)(x | (code & int32_t(0x80000000)));
+  }
+};
+
+#if FA3NPU_BFLOAT16
+// The upper halves of floats: rounded, if what is below has been taken account of.
+INLINE Vec<Pair> upper_halves(const __m512i& x, const __m512i& y) {
+  alignas(64) static constexpr auto upper = [] {
+    struct {
+      uint16_t halves[32];
+    } t{};
+    for (int i = 0; i < 32; ++i) t.halves[i] = 2 * i + 1;
+    return t;
+  }();
+  return (Vec<Pair>)_mm512_permutex2var_epi16(x, _mm512_load_si512(upper.halves), y);
+}
+
+template <>
+struct FromInt8<Pair> {
+  static constexpr int64_t kElements = 2 * kLanes<Pair>, kBytes = 1;
+  INLINE static Vec<Pair> vector(const char* from) {
+    return upper_halves((__m512i)FromInt8<float>::vector(from),
+                        (__m512i)FromInt8<float>::vector(from + kLanes<float>));
+  }
+};
+
+template <int Mantissa>
+struct FromFloat8<Pair, Mantissa> : Float8<Mantissa> {
+  using Format = Float8<Mantissa>;
+  static constexpr int64_t kElements = 2 * kLanes<Pair>, kBytes = 1;
+  struct alignas(64) Small {
+    uint16_t at[32];
+  };
+  // Of numbers without a leading 1, by their mantissa.
+  static constexpr Small kSmall = [] {
+    Small small{};
+    for (int m = 1, top = 0; m < 1 << Mantissa; ++m) {
+      if (m >> (top + 1)) ++top;
+      small.at[m] = uint16_t(((127 + Format::kTiny + top) << 7) | (m << (7 - top) & 0x7f));
+    }
+    return small;
+  }();
+
+  INLINE static Vec<Pair> vector(const char* from) {
+    constexpr int shift = 7 - Mantissa, exponent = 0x80 - (1 << Mantissa);
+    const auto all = [](int x) INLINE_LAMBDA { return _mm512_set1_epi16(short(x)); };
+    const __m512i code =  // with its sign in all upper bits
+        _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    __m512i x = _mm512_and_si512(_mm512_slli_epi16(code, shift), all(0x7f << shift));
+    x = _mm512_add_epi16(x, all((127 - Format::kBias) << 7));
+    const __mmask32 small = _mm512_testn_epi16_mask(code, all(exponent));
+    x = _mm512_mask_permutexvar_epi16(x, small, code, _mm512_load_si512(kSmall.at));
+    const __m512i special = all(Format::kSpecial);
+    const __mmask32 not_finite = _mm512_cmpeq_epi16_mask(_mm512_and_si512(code, special), special);
+    x = _mm512_or_si512(x, _mm512_maskz_mov_epi16(not_finite, all(0x7f80)));
+    return (Vec<Pair>)_mm512_ternarylogic_epi32(x, code, all(0x8000), 0xf8);  // x | (code & sign)
+  }
+};
+#endif
+
 // f(the reader of a cache's dtype), if there is one.
 template <class U, class F>
 INLINE bool with_reader(ScalarType dtype, const F& f) {
+  if constexpr (std::is_same_v<U, float> || (kDepth<U> == 2 && FA3NPU_BFLOAT16)) {
+    if (dtype == ScalarType::Float8_e4m3fn) return f(FromFloat8<U, 3>()), true;
+    if (dtype == ScalarType::Float8_e5m2) return f(FromFloat8<U, 2>()), true;
+    if (dtype == ScalarType::Char) return f(FromInt8<U>()), true;
+  }
   if constexpr (std::is_same_v<U, float>) {
     if (dtype == ScalarType::BFloat16) return f(FromBFloat16()), true;
     if (dtype == ScalarType::Half) return f(FromHalf()), true;
@@ -98,12 +211,31 @@ INLINE T quiet(T x) {
   return x == x ? x : std::numeric_limits<T>::quiet_NaN();
 }
 
+INLINE void set(float& x, int64_t, float value) { x = value; }
+INLINE void set(Pair& x, int64_t half, float value) {
+  (half ? x.second : x.first) = float_to_bfloat16(value);
+}
+
+// n numbers of 8 bits: whole vectors, and what is left over one by one.
+template <class U>
+void load_narrow_row(const char* from, ScalarType dtype, int64_t n, U* to) {
+  int64_t i = 0;
+  with_reader<U>(dtype, [&](auto reader) {
+    for (; i + reader.kElements <= n; i += reader.kElements)
+      store(to + i / kDepth<U>, reader.vector(from + i));
+  });
+  const float* values = narrow_values(dtype);
+  for (; i < n; ++i) set(to[i / kDepth<U>], i % kDepth<U>, values[uint8_t(from[i])]);
+}
+
 // n elements of a head vector, as U; a last half Pair is filled up with zero.
 template <class U>
 void load_row(const char* from, ScalarType dtype, int64_t n, U* to) {
   const uint16_t* half = reinterpret_cast<const uint16_t*>(from);
+  if constexpr (std::is_same_v<U, Pair>) to[(n - 1) / 2].second = 0;
+  if constexpr (!std::is_same_v<U, double>)
+    if (is_narrow(dtype)) return load_narrow_row(from, dtype, n, to);
   if constexpr (std::is_same_v<U, Pair>) {
-    to[(n - 1) / 2].second = 0;
     __builtin_memcpy(to, from, 2 * n);
   } else {
     switch (dtype) {
@@ -112,9 +244,6 @@ void load_row(const char* from, ScalarType dtype, int64_t n, U* to) {
         break;
       case ScalarType::Half:
         for (int64_t i = 0; i < n; ++i) to[i] = half_to_float(half[i]);
-        break;
-      case ScalarType::Float8_e4m3fn:
-        for (int64_t i = 0; i < n; ++i) to[i] = float8_table()[uint8_t(from[i])];
         break;
       case ScalarType::Float:
         for (int64_t i = 0; i < n; ++i) to[i] = reinterpret_cast<const float*>(from)[i];
@@ -183,15 +312,7 @@ INLINE __m512i rounded(const Vec<float>& x) {
 }
 
 INLINE void narrow(const Vec<float>& x, const Vec<float>& y, Pair* to) {
-  alignas(64) static constexpr auto upper = [] {
-    struct {
-      uint16_t halves[32];
-    } t{};
-    for (int i = 0; i < 32; ++i) t.halves[i] = 2 * i + 1;
-    return t;
-  }();
-  const __m512i halves = _mm512_load_si512(upper.halves);
-  store(to, (Vec<Pair>)_mm512_permutex2var_epi16(rounded(x), halves, rounded(y)));
+  store(to, upper_halves(rounded(x), rounded(y)));
 }
 
 // Pairs of one row's numbers and the next's.

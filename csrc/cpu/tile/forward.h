@@ -113,8 +113,7 @@ template <class T>
 void finish(const Attention& a, const RowTile& t, Memory memory) {
   const State<T> state(a, memory);
   const Sequence& s = a.sequences[t.sequence];
-  const bool fp8 = a.v.dtype == ScalarType::Float8_e4m3fn;
-  const T v_scale = fp8 ? a.v_descale.get(t.sequence, t.head_k, 1) : 1;
+  const T v_scale = a.v_descale.get(t.sequence, t.head_k, 1);
   for (int64_t r = 0; r < t.rows; ++r) {
     const int64_t i = (t.first + r) / a.group();
     const int64_t head = t.head_k * a.group() + (t.first + r) % a.group();

@@ -79,15 +79,12 @@ const InstructionSet& chosen() {
 
 }  // namespace
 
-const Kernels& kernels(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::BFloat16:
-      return *chosen().bfloat16;
-    case ScalarType::Double:
-      return *chosen().float64;
-    default:
-      return *chosen().float32;
-  }
+const Kernels& kernels(const Attention& a) {
+  if (a.is_double()) return *chosen().float64;
+  // A qv's product has another descale than q's: q and qv take them, which are float32 then.
+  const bool own_scales = a.qv.data != nullptr && is_narrow(a.k.dtype);
+  const bool pairs = a.q.dtype == ScalarType::BFloat16 && !own_scales;
+  return pairs ? *chosen().bfloat16 : *chosen().float32;
 }
 
 std::string cpu_capability() { return chosen().name; }

@@ -68,8 +68,8 @@ extern const InstructionSet kAmx, kAvx512Bf16, kAvx512, kAvx2;
 #endif
 extern const InstructionSet kPortable;
 
-// Those of the best set that this machine runs, or of the one FA3NPU_CPU_CAPABILITY names.
-const Kernels& kernels(ScalarType dtype);
+// For a call, of the best set that this machine runs or the one FA3NPU_CPU_CAPABILITY names.
+const Kernels& kernels(const Attention& a);
 std::string cpu_capability();    // that set
 std::string cpu_capabilities();  // all that this machine runs, best first
 

@@ -148,6 +148,7 @@ struct QueryTile {
   int64_t* position;
   KeyRange* keys;
   T* slope;
+  T scale = 1;  // of scores
   const Sequence* s = nullptr;
   int64_t head_k = 0, first = 0, rows = 0;
 
@@ -168,18 +169,18 @@ struct QueryTile {
     head_k = tile.head_k;
     first = tile.first;
     rows = tile.rows;
-    const bool fp8 = a.q.dtype == ScalarType::Float8_e4m3fn;
-    const float q_scale = fp8 ? a.q_descale.get(sequence, head_k, 1) : 1;
-    const float k_scale = fp8 ? a.k_descale.get(sequence, head_k, 1) : 1;
-    const float v_scale = fp8 ? a.v_descale.get(sequence, head_k, 1) : 1;
+    const T k_scale = a.k_descale.get(sequence, head_k, 1);
+    const T v_scale = a.v_descale.get(sequence, head_k, 1);
+    // With a qv, whose product has another factor, K's is not that of all scores.
+    scale = quiet(T(a.softmax_scale * a.q_descale.get(sequence, head_k, 1) * (qv ? 1 : k_scale)));
     int64_t i = first / a.group(), in_group = first % a.group();
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t h = head_k * a.group() + in_group;
       position[r] = i;
       keys[r] = a.visible(*s, i);
       slope[r] = quiet(a.alibi_slopes.get(sequence, h, 0));
-      load_q(a.q, i, h, a.headdim, ld, q_scale * k_scale, q + r * ld);
-      if (qv) load_q(a.qv, i, h, a.headdim_v, ld_v, q_scale * v_scale, qv + r * ld_v);
+      load_q(a.q, i, h, a.headdim, ld, qv ? k_scale : 1, q + r * ld);
+      if (qv) load_q(a.qv, i, h, a.headdim_v, ld_v, v_scale, qv + r * ld_v);
       if (++in_group == a.group()) in_group = 0, ++i;
     }
   }
@@ -208,7 +209,7 @@ struct QueryTile {
   INLINE Vec<T> logits(int64_t r, int64_t block, int64_t lane, const Vec<T>& score,
                        Vec<T>* capped = nullptr) const {
     const Vec<T> index = vec(kIota<T>.at) + T(lane);
-    Vec<T> x = score * T(a.softmax_scale);
+    Vec<T> x = score * scale;
     if (a.softcap > 0) x = softcapped(x, T(a.softcap));
     if (capped) *capped = x;
     if (slope[r] != 0) {
@@ -220,7 +221,7 @@ struct QueryTile {
     return ((index >= begin) & (index < end)) ? x : Vec<T>{} - T(kInf);
   }
 
-  // Whether row r's logits at the keys of the block are its scores times softmax_scale.
+  // Whether row r's logits at the keys of the block are its scores times `scale`.
   bool only_scaled(int64_t r, int64_t block) const {
     return keys[r].begin <= block && keys[r].end >= block + kKeyBlock && a.softcap <= 0 &&
            slope[r] == 0;

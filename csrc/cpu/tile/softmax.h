@@ -57,7 +57,7 @@ INLINE void softmax_step(const QueryTile<U>& q, int64_t first, int64_t count, in
                          int64_t columns, Sum<U>* scores, U* p, const State<Sum<U>>& state) {
   typedef Sum<U> T;
   constexpr int64_t L = kLanes<T>;
-  const T scale = T(q.a.softmax_scale);
+  const T scale = q.scale;
   Vec<T> x[L];  // by row: its greatest logits, then its sums
   for (int64_t i = 0; i < L; ++i) x[i] = Vec<T>{} - T(kInf);
   for (int64_t i = 0; i < count; ++i) {

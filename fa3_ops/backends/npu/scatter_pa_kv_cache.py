@@ -9,9 +9,9 @@ from fa3_ops.backends.backend import Run
 from fa3_ops.backends.call import Append, Scatter
 from fa3_ops.backends.lowering.slots import SlotWrites, WritesSlots
 from fa3_ops.backends.written import mark_written
-from fa3_ops.ops.checks import NARROW_DTYPES
+from fa3_ops.ops.checks import NARROW
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, *NARROW_DTYPES)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, *NARROW)
 
 
 class ScatterPaKvCache(WritesSlots):
@@ -44,4 +44,4 @@ class ScatterPaKvCache(WritesSlots):
 
 def _as_int8(x: Tensor) -> Tensor:
     """Bytes, which the kernel copies, as the dtype of a byte that it takes."""
-    return x.view(torch.int8) if x.dtype in NARROW_DTYPES else x
+    return x.view(torch.int8) if x.dtype in NARROW else x

@@ -28,12 +28,18 @@ if ".".join(vllm.__version__.split(".")[:2]) not in VERSIONS:
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, for its handlers
 
 ENCODERS = (AttentionType.ENCODER_ONLY, AttentionType.ENCODER)
+# vLLM keeps these as bytes; what one of them means is dtype times layer._k_scale or layer._v_scale.
+NARROW = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 
 
 class Fa3Backend(AttentionBackend):
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar = ["auto", "float16", "bfloat16", *NARROW]
 
     @staticmethod
     def get_name() -> str:
@@ -72,9 +78,11 @@ class Fa3Backend(AttentionBackend):
     def supports_combination(
         cls, head_size: int, dtype: torch.dtype, kv_cache_dtype: str | None, *others: Any
     ) -> str | None:
-        if kv_cache_dtype not in (None, "auto", str(dtype).removeprefix("torch.")):
-            return f"kv_cache_dtype must be auto or the model's, {dtype}, got {kv_cache_dtype}"
-        return None
+        if kv_cache_dtype in NARROW and dtype is torch.float32:
+            return f"kv_cache_dtype {kv_cache_dtype} needs a model in float16 or bfloat16"
+        if kv_cache_dtype in (None, "auto", str(dtype).removeprefix("torch."), *NARROW):
+            return None
+        return f"kv_cache_dtype must be auto, fp8 or the model's, {dtype}, got {kv_cache_dtype}"
 
     @classmethod
     def supports_sink(cls) -> bool:
@@ -82,6 +90,10 @@ class Fa3Backend(AttentionBackend):
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_per_head_quant_scales(cls) -> bool:
         return True
 
     @classmethod
@@ -130,7 +142,9 @@ class Fa3Impl(AttentionImpl[Fa3Metadata]):
         if self.attn_type in ENCODERS:  # which keep no cache
             return
         k_cache, v_cache = self._caches(kv_cache)
-        write(key, value, k_cache, v_cache, slot_mapping)
+        fa3_ops.kvcache_scatter_(
+            key, value, k_cache, v_cache, slot_mapping, *self._descales(layer).values()
+        )
 
     def forward(
         self,
@@ -150,7 +164,7 @@ class Fa3Impl(AttentionImpl[Fa3Metadata]):
         if metadata is None:  # vLLM warms up
             return output
         n = metadata.num_actual_tokens
-        keys = self._keys(key, value, kv_cache, metadata)
+        keys = self._keys(layer, key, value, kv_cache, metadata)
         parts = [{"q": query[:n], **keys, **self._mask(part)} for part in metadata.parts]
         if not self.told:
             self._tell(parts[0])
@@ -164,10 +178,18 @@ class Fa3Impl(AttentionImpl[Fa3Metadata]):
     def _caches(self, kv_cache: Tensor) -> tuple[Tensor, Tensor]:
         """Views of vLLM's cache as ours, (num_pages, page_size, nheads_k, ...)."""
         pages = kv_cache.transpose(1, 2)
+        if self.kv_cache_dtype in NARROW:
+            pages = pages.view(NARROW[self.kv_cache_dtype])
         return pages[..., : self.head_size], pages[..., self.head_size :]
 
+    def _descales(self, layer: Any) -> dict[str, Tensor]:
+        """One number each, or (nheads_k,)."""
+        if self.kv_cache_dtype not in NARROW:
+            return {}
+        return {"k_descale": layer._k_scale, "v_descale": layer._v_scale}
+
     def _keys(
-        self, key: Tensor, value: Tensor, kv_cache: Tensor, metadata: Fa3Metadata
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, metadata: Fa3Metadata
     ) -> dict[str, Any]:
         """What all parts have in common: the lengths, the keys, and what becomes of the scores."""
         arguments: dict[str, Any] = {
@@ -194,6 +216,7 @@ class Fa3Impl(AttentionImpl[Fa3Metadata]):
             "max_seqlen_k": metadata.max_seq_len,
             "seqused_k": metadata.seq_lens,
             "page_table": metadata.block_table,
+            **self._descales(layer),
         }
 
     def _mask(self, part: Part) -> dict[str, Any]:
@@ -210,19 +233,3 @@ class Fa3Impl(AttentionImpl[Fa3Metadata]):
         explanation = fa3_ops.explain(fa3_ops.flash_attn_varlen_func, **arguments)
         logger.info_once("attention by fa3_ops: %s", str(explanation))
         self.told = True
-
-
-def write(key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Every token is a sequence of its own here, in the one page that its slot names."""
-    kept = (slots >= 0).nonzero().flatten()
-    slots = slots[kept]
-    page_size = k_cache.shape[1]
-    torch.ops.fa3npu.kvcache_append_(
-        key[kept].unsqueeze(1),
-        value[kept].unsqueeze(1),
-        k_cache,
-        v_cache,
-        (slots % page_size).to(torch.int32),
-        None,
-        (slots // page_size).to(torch.int32).unsqueeze(1),
-    )

@@ -318,7 +318,10 @@ def test_the_plugin_answers_custom_alone(platform: Any) -> None:
         assert path == f"{Fa3AscendBackend.__module__}.{Fa3AscendBackend.__qualname__}"
         theirs = "vllm_ascend.attention.attention_v1.AscendAttentionBackend"
         assert platform.get_attn_backend_cls(None, selecting()) == theirs
-        assert platform.get_attn_backend_cls(None, selecting(), num_heads=4) == theirs
+        # As vLLM calls it.
+        named = {"attn_selector_config": selecting(), "num_heads": 4}
+        assert platform.get_attn_backend_cls(None, **named) == theirs
+        assert platform.get_attn_backend_cls(AttentionBackendEnum.CUSTOM, **named) == path
         mla = platform.get_attn_backend_cls(None, selecting(use_mla=True))
         assert mla == "vllm_ascend.attention.mla_v1.AscendMLABackend"
 

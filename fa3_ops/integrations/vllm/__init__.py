@@ -35,14 +35,15 @@ def _serve_ascend(platform: Any) -> None:
     theirs = platform.get_attn_backend_cls
 
     @functools.wraps(theirs)
-    def get_attn_backend_cls(cls: Any, selected: Any, config: Any, *more: Any, **named: Any) -> Any:
-        if getattr(selected, "name", None) != "CUSTOM":
-            return theirs(selected, config, *more, **named)
+    def get_attn_backend_cls(
+        cls: Any, selected_backend: Any, attn_selector_config: Any, *more: Any, **named: Any
+    ) -> Any:
+        if getattr(selected_backend, "name", None) != "CUSTOM":
+            return theirs(selected_backend, attn_selector_config, *more, **named)
         from fa3_ops.integrations.vllm.ascend import Fa3AscendBackend
 
-        reasons = Fa3AscendBackend.validate_configuration(
-            device_capability=None, **config._asdict()
-        )
+        config = attn_selector_config._asdict()
+        reasons = Fa3AscendBackend.validate_configuration(device_capability=None, **config)
         if reasons:
             raise ValueError(f"fa3_ops' attention backend cannot serve: {', '.join(reasons)}")
         return ASCEND

@@ -111,7 +111,7 @@ test: test-cpu test-npu
 
 test-cpu: $(VENV)/build
 	@$(BIN)/python -m fa3_ops
-	@$(BIN)/python -m pytest --ignore tests/npu --ignore tests/vllm
+	@$(BIN)/python -m pytest --ignore tests/npu --ignore tests/vllm --ignore tests/vllm_ascend
 
 test-npu: $(NPU_VENV)/build test-emulator
 	@$(NPU)/python -m pytest tests/npu
@@ -119,9 +119,9 @@ test-npu: $(NPU_VENV)/build test-emulator
 test-emulator: $(NPU_VENV)/emulator
 	@$(NPU)/python -m pytest emulator/tests
 
-# compat/flash_attn_npu_v3 is found in its folder: what it needs is the environment's fa3_ops.
-test-vllm-ascend: $(VLLM_ASCEND_VENV)/build $(VLLM_ASCEND_VENV)/emulator
-	@$(VLLM_ASCEND)/python -m pytest tests/vllm_ascend
+# Its engine is compared with vLLM's on CPU, which has an environment of its own.
+test-vllm-ascend: $(VLLM_ASCEND_VENV)/build $(VLLM_ASCEND_VENV)/emulator $(VLLM_VENV)/build
+	@VLLM_ON_CPU=$(VLLM)/python $(VLLM_ASCEND)/python -m pytest -s tests/vllm_ascend
 
 # vLLM, in an environment of its own. What it brings for other media and for GPUs cannot be imported
 # beside a CPU build of torch, and transformers tries to.
@@ -152,7 +152,7 @@ test-wheel-cpu: $(VENV)/packages
 	@rm -f $(VENV)/build
 	@$(BIN)/python $(INSTALL) --no-deps --force-reinstall build/wheel/*.whl
 	@cd tests && ../$(BIN)/python -m fa3_ops && ../$(BIN)/python -m pytest -c ../pyproject.toml \
-		--ignore npu --ignore vllm
+		--ignore npu --ignore vllm --ignore vllm_ascend
 
 test-wheel-npu: $(NPU_VENV)/packages test-emulator
 	@rm -f $(NPU_VENV)/build

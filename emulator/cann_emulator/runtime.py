@@ -61,7 +61,8 @@ _errors: dict[int, BaseException] = {}  # of functions that ran while they were 
 def _run(key: int) -> int:
     try:
         # The queue may run within any mode of the caller's: the work must not be traced by it.
-        with torch._C._DisableTorchDispatch(), torch.no_grad():
+        # What it writes may be an inference tensor.
+        with torch._C._DisableTorchDispatch(), torch.inference_mode():
             _functions[key]()
     except BaseException as error:
         _errors[key] = error

@@ -76,6 +76,7 @@ def name_torchvision() -> None:
 def install() -> None:
     """In a process with NPUs, before vLLM is imported."""
     name_torchvision()
+    import vllm_ascend.ops  # before the rest of it, which imports in circles
     import vllm_ascend.worker.block_table
 
     # vLLM-Ascend has no other kernel of this than one in Triton, for triton-ascend's compiler.

@@ -62,8 +62,10 @@ def test_the_tokens_of_vllm_on_cpu(dtype: str, tmp_path: Path) -> None:
         if until < len(a):  # each finds the other's token as likely as its own
             p, tokens = x[until], (str(a[until]), str(b[until]))
             assert abs(p[tokens[0]] - p[tokens[1]]) < CLOSE[dtype]
-    print(f"{dtype}: {same} of {len(ours['tokens'])} prompts with the tokens of vLLM on CPU;"
-          f" log-probabilities differ by at most {off:.2g}")
+    print(
+        f"{dtype}: {same} of {len(ours['tokens'])} prompts with the tokens of vLLM on CPU;"
+        f" log-probabilities differ by at most {off:.2g}"
+    )
     assert off < CLOSE[dtype]
     if dtype == "float32":
         assert same == len(ours["tokens"])

@@ -32,7 +32,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")  # of
 
 def config_of(speculative_tokens: int = 0) -> Any:
     """The parts of a VllmConfig that the backend reads."""
-    speculative = SimpleNamespace(num_speculative_tokens=speculative_tokens, parallel_drafting=False)
+    speculative = SimpleNamespace(
+        num_speculative_tokens=speculative_tokens, parallel_drafting=False
+    )
     return SimpleNamespace(
         model_config=SimpleNamespace(
             enforce_eager=True, max_model_len=1024, runner_type="generate", use_mla=False
@@ -72,9 +74,7 @@ class Step:
     @property
     def slots(self) -> Tensor:
         slots = []
-        for pages, new, total in zip(
-            self.block_table, self.query_lens, self.seq_lens, strict=True
-        ):
+        for pages, new, total in zip(self.block_table, self.query_lens, self.seq_lens, strict=True):
             at = torch.arange(total - new, total)
             slots.append(pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE)
         return torch.cat(slots).int()

@@ -302,7 +302,8 @@ def test_a_deployment_is_refused_when_a_layer_is_made(what: str) -> None:
 def platform(monkeypatch: pytest.MonkeyPatch) -> Any:
     """vLLM-Ascend's, with our plugin, which does not stay."""
     theirs = type(current_platform)
-    monkeypatch.setattr(theirs, "get_attn_backend_cls", theirs.__dict__["get_attn_backend_cls"])
+    for name in ("get_attn_backend_cls", "check_and_update_config"):
+        monkeypatch.setattr(theirs, name, theirs.__dict__[name])
     plugin.register()
     return theirs
 
@@ -324,6 +325,18 @@ def test_the_plugin_answers_custom_alone(platform: Any) -> None:
         assert platform.get_attn_backend_cls(AttentionBackendEnum.CUSTOM, **named) == path
         mla = platform.get_attn_backend_cls(None, selecting(use_mla=True))
         assert mla == "vllm_ascend.attention.mla_v1.AscendMLABackend"
+
+
+@pytest.mark.parametrize("asked", [None, "CUSTOM", "FLASH_ATTN", "TRITON_ATTN"])
+def test_custom_outlives_the_update_of_the_configuration(
+    platform: Any, monkeypatch: pytest.MonkeyPatch, asked: str | None
+) -> None:
+    """vLLM-Ascend takes back every backend that it does not know."""
+    backend = None if asked is None else AttentionBackendEnum[asked]
+    config = VllmConfig()
+    config.attention_config.backend = backend
+    platform.check_and_update_config(config)
+    assert config.attention_config.backend is (None if asked == "TRITON_ATTN" else backend)
 
 
 @pytest.mark.parametrize(

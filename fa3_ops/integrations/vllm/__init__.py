@@ -30,16 +30,23 @@ def register() -> None:
 
 
 def _serve_ascend(platform: Any) -> None:
-    """Lets vLLM-Ascend's platform, a class, honour --attention-backend CUSTOM. Whatever else it is
-    asked for it answers as before."""
-    theirs = platform.get_attn_backend_cls
+    """Lets vLLM-Ascend's platform, a class, honour --attention-backend CUSTOM, which it would take
+    back. Whatever else it is asked for it answers as before."""
+    update, answer = platform.check_and_update_config, platform.get_attn_backend_cls
 
-    @functools.wraps(theirs)
+    @functools.wraps(update)
+    def check_and_update_config(cls: Any, vllm_config: Any) -> None:
+        asked = vllm_config.attention_config.backend
+        update(vllm_config)
+        if _is_custom(asked):
+            vllm_config.attention_config.backend = asked
+
+    @functools.wraps(answer)
     def get_attn_backend_cls(
         cls: Any, selected_backend: Any, attn_selector_config: Any, *more: Any, **named: Any
     ) -> Any:
-        if getattr(selected_backend, "name", None) != "CUSTOM":
-            return theirs(selected_backend, attn_selector_config, *more, **named)
+        if not _is_custom(selected_backend):
+            return answer(selected_backend, attn_selector_config, *more, **named)
         from fa3_ops.integrations.vllm.ascend import Fa3AscendBackend
 
         config = attn_selector_config._asdict()
@@ -48,7 +55,12 @@ def _serve_ascend(platform: Any) -> None:
             raise ValueError(f"fa3_ops' attention backend cannot serve: {', '.join(reasons)}")
         return ASCEND
 
+    platform.check_and_update_config = classmethod(check_and_update_config)
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def _is_custom(backend: Any) -> bool:
+    return getattr(backend, "name", None) == "CUSTOM"
 
 
 def cpu_platform() -> str | None:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from fa3_ops.ops.checks import NARROW
 from fa3_ops.ops.schema import COMMON_NAMES, bind, name_of, signature
 
 RequestT = TypeVar("RequestT", bound="Request")
@@ -150,6 +151,11 @@ class Attention(Request):
     @property
     def is_fp8(self) -> bool:
         return self.q.dtype == torch.float8_e4m3fn
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether k and v have 8 bits, be it beside such a q or a wider one."""
+        return self.k.dtype in NARROW
 
     @property
     def out_dtype(self) -> torch.dtype:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fa3_ops
 from fa3_ops import reference
-from fa3_ops.backends.lowering.fp8 import e4m3_values
+from fa3_ops.backends.lowering.dequantise import VALUES
 from fa3_ops.backends.npu import device
 
 B, HEADS, HEADS_K, D, PAGE, PAGES = 3, 4, 2, 64, 16, 12
@@ -455,10 +455,11 @@ def test_the_fp8_table_of_a_capture_is_its_own() -> None:
     assert not again.isnan().any()
 
 
-def test_the_fp8_table() -> None:
+@pytest.mark.parametrize("dtype", VALUES, ids=str)
+def test_the_fp8_tables(dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8)
-    want = codes.view(torch.float8_e4m3fn).float()
-    got = e4m3_values(torch.device("npu:0")).cpu()
+    want = codes.view(dtype).float()
+    got = VALUES[dtype](torch.device("npu:0")).cpu()
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(got.signbit(), want.signbit())
 

@@ -13,6 +13,7 @@ import torch
 from npu_calls import assert_close, assert_lse, to_npu
 from npu_kernels import put
 from sample_inputs import fp8, ints, rand
+from strategies import INT8_UNIT, NARROW_DTYPES, narrowed
 from torch import Tensor
 
 import fa3_ops
@@ -677,6 +678,31 @@ def test_fp8_is_dequantised() -> None:
     out = fa3_ops.flash_attn_with_kvcache(**to_npu(call))
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.cpu().double(), want, rtol=2.0**-8, atol=5e-3)
+
+
+@pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
+@pytest.mark.parametrize("cache", NARROW_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 2), (2,), (1,), ()], ids=str)
+def test_what_is_read_of_a_narrow_cache_is_dequantised(
+    cache: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    both = narrowed(torch.randn(6, 2, 16, 128), cache).transpose(1, 2)  # as vLLM has them
+    descale = (0.5 + torch.rand(shape)) * (INT8_UNIT if cache == torch.int8 else 1)
+    call = decode(64, 16) | {"k_cache": both[..., :64], "v_cache": both[..., 64:]}
+    call |= {"q_descale": descale, "k_descale": descale, "v_descale": descale}
+    want, want_lse = reference.flash_attn_with_kvcache(**call)
+    out, lse = fa3_ops.flash_attn_with_kvcache(**to_npu(call), return_softmax_lse=True)
+    assert out.dtype == call["q"].dtype
+    assert_close(out, want, call["q"].dtype)
+    assert_lse(lse, want_lse, call["q"].dtype)
+    name = "int8" if cache == torch.int8 else "FP8"
+    said = f"copies what is read of the cache, because {name} is dequantised"
+    text = str(fa3_ops.explain(fa3_ops.flash_attn_with_kvcache, **to_npu(call)))
+    assert f"because {name} is dequantised" in text
+    monkeypatch.setenv("FA3NPU_STRICT", "1")
+    with pytest.raises(NotImplementedError, match=said):
+        fa3_ops.flash_attn_with_kvcache(**to_npu(call))
 
 
 @pytest.mark.filterwarnings("error::fa3_ops.FallbackWarning")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from vllm.model_executor.layers.attention.cross_attention import create_cross_attention_backend
 from vllm.v1.attention.backend import AttentionType, CommonAttentionMetadata
 
 from fa3_ops import reference
-from fa3_ops.integrations.vllm.backend import Fa3Impl
+from fa3_ops.integrations.vllm.backend import Fa3Backend, Fa3Impl
 from fa3_ops.integrations.vllm.metadata import Fa3MetadataBuilder
 
 HEADS, HEADS_K, HEADDIM, PAGE, PAGES = 8, 2, 32, 16, 64
@@ -32,49 +35,52 @@ class Step:
 
 
 def step(
-    lengths: list[tuple[int, int]], causal: Any = True, padding: int = 0, **sizes: int
+    lengths: list[tuple[int, int]],
+    causal: bool | Tensor = True,
+    padding: int = 0,
+    headdim_v: int = HEADDIM,
+    dtype: torch.dtype = torch.float32,
 ) -> Step:
     """Random; `padding` tokens at the end have no sequence and no slot."""
-    headdim_v = sizes.get("headdim_v", HEADDIM)
-    keys = [torch.randn(n, HEADS_K, HEADDIM) for _, n in lengths]
-    values = [torch.randn(n, HEADS_K, headdim_v) for _, n in lengths]
-    pages = torch.randperm(PAGES - 1)[: sum(-(-n // PAGE) for _, n in lengths)] + 1
-    table = torch.zeros(len(lengths), -(-max(n for _, n in lengths) // PAGE), dtype=torch.int32)
-    slots, taken = [], 0
-    for b, (rows, n) in enumerate(lengths):
-        own = pages[taken : taken + -(-n // PAGE)]
-        taken += len(own)
-        table[b, : len(own)] = own
-        at = torch.arange(n - rows, n)
-        slots.append(own[at // PAGE] * PAGE + at % PAGE)
-    rows = [rows for rows, _ in lengths]
-    starts = torch.tensor([0, *rows]).cumsum(0).to(torch.int32)
-    nothing = torch.full((padding,), float("nan"))
+    keys = [torch.randn(n, HEADS_K, HEADDIM).to(dtype) for _, n in lengths]
+    values = [torch.randn(n, HEADS_K, headdim_v).to(dtype) for _, n in lengths]
+    starts = torch.tensor([0, *(rows for rows, _ in lengths)]).cumsum(0).to(torch.int32)
+    table, slots = places(lengths)
     common = CommonAttentionMetadata(
         query_start_loc=starts,
         query_start_loc_cpu=starts,
         seq_lens=torch.tensor([n for _, n in lengths], dtype=torch.int32),
         num_reqs=len(lengths),
-        num_actual_tokens=sum(rows),
-        max_query_len=max(rows),
+        num_actual_tokens=int(starts[-1]),
+        max_query_len=max(rows for rows, _ in lengths),
         max_seq_len=max(n for _, n in lengths),
         block_table_tensor=table,
-        slot_mapping=torch.cat([*slots, torch.full((padding,), -1)]),
+        slot_mapping=F.pad(slots, (0, padding), value=-1),
         causal=causal,
     )
-    new = [
-        torch.cat(
-            [
-                *(x[n - r :] for x, (r, n) in zip(xs, lengths, strict=True)),
-                nothing[:, None, None].expand(-1, *xs[0].shape[1:]),
-            ]
-        )
+
+    def padded(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, 0, 0, padding), value=float("nan"))
+
+    key, value = (
+        padded(torch.cat([x[n - rows :] for x, (rows, n) in zip(xs, lengths, strict=True)]))
         for xs in (keys, values)
-    ]
-    query = torch.cat(
-        [torch.randn(sum(rows), HEADS, HEADDIM), nothing[:, None, None].expand(-1, HEADS, HEADDIM)]
     )
-    return Step(query, new[0], new[1], keys, values, common)
+    query = padded(torch.randn(int(starts[-1]), HEADS, HEADDIM).to(dtype))
+    return Step(query, key, value, keys, values, common)
+
+
+def places(lengths: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """The block table, of pages in disorder, and the slots of the new tokens."""
+    counts = [-(-n // PAGE) for _, n in lengths]
+    table = torch.zeros(len(lengths), max(counts), dtype=torch.int32)
+    slots = []
+    pages = (torch.randperm(PAGES - 1) + 1)[: sum(counts)].split(counts)
+    for b, (own, (rows, n)) in enumerate(zip(pages, lengths, strict=True)):
+        table[b, : len(own)] = own
+        at = torch.arange(n - rows, n)
+        slots.append(own[at // PAGE] * PAGE + at % PAGE)
+    return table, torch.cat(slots)
 
 
 def cache_of(step: Step, side_by_side: bool) -> Tensor:
@@ -82,7 +88,7 @@ def cache_of(step: Step, side_by_side: bool) -> Tensor:
     side by side, or a head's tokens do."""
     width = HEADDIM + step.value.shape[-1]
     shape = (PAGES, PAGE, HEADS_K, width) if side_by_side else (PAGES, HEADS_K, PAGE, width)
-    cache = torch.full(shape, float("nan"))
+    cache = torch.full(shape, float("nan"), dtype=step.key.dtype)
     cache = cache.transpose(1, 2) if side_by_side else cache
     before = step.common.seq_lens - step.common.query_start_loc.diff()
     for b, n in enumerate(before.tolist()):
@@ -93,13 +99,13 @@ def cache_of(step: Step, side_by_side: bool) -> Tensor:
     return cache
 
 
-def run(step: Step, impl: Fa3Impl, cache: Tensor, write: bool = True) -> Tensor:
+def run(step: Step, impl: Fa3Impl, cache: Tensor, write: bool = True, layer: Any = None) -> Tensor:
     """What a layer of vLLM does: the write, then the attention."""
     metadata = Fa3MetadataBuilder(None, [], None, torch.device("cpu")).build(0, step.common)
-    output = torch.full((len(step.query), HEADS, step.value.shape[-1]), float("nan"))
+    output = step.query.new_full((len(step.query), HEADS, step.value.shape[-1]), float("nan"))
     if write:
-        impl.do_kv_cache_update(None, step.key, step.value, cache, metadata.slot_mapping)
-    returned = impl.forward(None, step.query, step.key, step.value, cache, metadata, output)
+        impl.do_kv_cache_update(layer, step.key, step.value, cache, metadata.slot_mapping)
+    returned = impl.forward(layer, step.query, step.key, step.value, cache, metadata, output)
     assert returned is output
     return output
 
@@ -202,12 +208,72 @@ class TestACache:
         assert torch.equal(run(mixed, shared, cache, write=False), first)
 
 
+class TestNarrowCaches:
+    """As vLLM keeps them: bytes, and a factor for the layer or for each head."""
+
+    @pytest.mark.parametrize("scales", [(0.5, 2.0), ([0.5, 0.25], [2.0, 3.0])])
+    @pytest.mark.parametrize("name", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+    def test_is_written_and_read(self, name: str, scales: tuple[Any, Any]) -> None:
+        dtype = torch.float8_e5m2 if name == "fp8_e5m2" else torch.float8_e4m3fn
+        factors = [torch.tensor(scale) for scale in scales]
+
+        def narrowed(x: Tensor, factor: Tensor) -> Tensor:
+            return (x.float() / factor.view(-1, 1)).to(dtype)
+
+        mixed = step(MIXED, dtype=torch.bfloat16)
+        wide = cache_of(mixed, side_by_side=True).transpose(1, 2)  # the heads beside the factors
+        halves = zip(wide.split(HEADDIM, dim=-1), factors, strict=True)
+        cache = torch.cat([narrowed(x, f).view(torch.uint8) for x, f in halves], dim=-1)
+        layer = SimpleNamespace(_k_scale=factors[0], _v_scale=factors[1])
+        output = run(mixed, impl(kv_cache_dtype=name), cache.transpose(1, 2), layer=layer)
+
+        for xs, factor in zip((mixed.keys, mixed.values), factors, strict=True):
+            xs[:] = [narrowed(x, factor).float() * factor.view(-1, 1) for x in xs]
+        wanted = expected(mixed, [True] * 5)
+        assert (output.double() - wanted).abs().max() < 4 * 2**-8 * wanted.abs().max()
+
+
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("kind", [AttentionType.ENCODER_ONLY, AttentionType.ENCODER])
 def test_an_encoder_has_no_cache(kind: AttentionType, window: int | None) -> None:
     whole = step([(40, 40), (1, 1), (65, 65)], causal=False)
     output = run(whole, impl(attn_type=kind, sliding_window=window), torch.tensor([]))
     check(output, expected(whole, [False] * 3, window))
+
+
+def test_a_decoder_attends_to_an_encoder() -> None:
+    """Rows 3 and 2 of the decoder; what the encoder said is written in the first step alone."""
+    whole = step([(20, 20), (40, 40)])
+    decoder = torch.tensor([0, 3, 5], dtype=torch.int32)
+    query = torch.randn(5, HEADS, HEADDIM)
+    spec = SimpleNamespace(block_size=PAGE)
+    backend = create_cross_attention_backend(Fa3Backend)
+    ours = backend.get_impl_cls()(
+        HEADS, HEADDIM, 0.2, HEADS_K, attn_type=AttentionType.ENCODER_DECODER
+    )
+    builder = backend.get_builder_cls()(spec, [], None, torch.device("cpu"))
+    layer = SimpleNamespace(kv_sharing_target_layer_name=None)
+    cache = torch.full((PAGES, HEADS_K, PAGE, 2 * HEADDIM), float("nan"))
+    wanted = torch.cat(
+        [
+            reference.attention(rows, k, v, softmax_scale=0.2)[0]
+            for rows, k, v in zip(query.split([3, 2]), whole.keys, whole.values, strict=True)
+        ]
+    )
+    for before, key, value in ((0, whole.key, whole.value), (4, None, None)):
+        common = whole.common.replace(
+            query_start_loc=decoder,
+            query_start_loc_cpu=decoder,
+            num_actual_tokens=5,
+            max_query_len=3,
+            seq_lens_cpu_upper_bound=decoder.diff() + before,
+            encoder_seq_lens=whole.common.seq_lens,
+            encoder_seq_lens_cpu=whole.common.seq_lens.numpy(),
+        )
+        output = torch.full_like(query, float("nan"))
+        metadata = builder.build(0, common)
+        ours.forward(layer, query, key, value, cache, metadata, output)
+        check(output, wanted)
 
 
 def test_warming_up_is_no_attention() -> None:

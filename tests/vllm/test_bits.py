@@ -61,9 +61,8 @@ def test_the_other_requests(model: Path, tmp_path: Path) -> None:
     """On two threads, with linear layers that do not depend on the other rows."""
 
     def same(backend: dict[str, str]) -> int:
-        settings = backend | {"dtype": "bfloat16"}
         wishes = {"threads": 2, "prompts": 16, "alone": True, "rows": True}
-        said = in_a_process(model, tmp_path / "said", settings=settings, **wishes)
+        said = in_a_process(model, tmp_path / "said", settings=backend, **wishes)
         return same_bits(said["batch"], said["alone"])
 
     ours, theirs = same(OURS), same(THEIRS)

@@ -63,12 +63,16 @@ class TestThePlatform:
             ({"head_size": 640}, "head_size not supported"),
             ({"dtype": torch.float64}, "dtype not supported"),
             ({"kv_cache_dtype": "int8_per_token_head"}, "kv_cache_dtype not supported"),
-            ({"kv_cache_dtype": "float16"}, "must be auto or the model's, torch.bfloat16, got flo"),
+            (
+                {"kv_cache_dtype": "float16"},
+                "must be auto, fp8 or the model's, torch.bfloat16, got",
+            ),
             ({"use_mla": True}, "MLA not supported"),
             ({"use_sparse": True}, "sparse not supported"),
             ({"use_mm_prefix": True}, "partial multimodal token full attention not supported"),
             ({"use_rswa": True}, "R-SWA not supported"),
             ({"use_pcp": True}, "PCP not supported"),
+            ({"use_dcp": True}, "DCP not supported"),
         ],
     )
     def test_refuses_custom_with_the_reason(self, differences: dict[str, Any], reason: str) -> None:
@@ -89,6 +93,9 @@ class TestThePlatform:
             {"head_size": 80},
             {"dtype": torch.float32},
             {"kv_cache_dtype": "bfloat16"},
+            {"kv_cache_dtype": "fp8"},
+            {"kv_cache_dtype": "fp8_e5m2", "dtype": torch.float32},
+            {"use_per_head_quant_scales": True},
             *({"attn_type": kind} for kind in AttentionType),
         ],
     )
@@ -129,7 +136,7 @@ class TestTheRegistration:
 
 def test_an_engine_is_refused_when_it_starts(folder: Path) -> None:
     with (
-        pytest.raises(ValueError, match="kv_cache_dtype must be auto or the model's"),
+        pytest.raises(ValueError, match="kv_cache_dtype must be auto, fp8 or the model's"),
         engine(make("qwen3", folder), kv_cache_dtype="float16", **OURS),
     ):
         pass

@@ -1,72 +1,24 @@
 #include "cpu/ops/cache_write.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Float8_e4m3fn.h>
-#include <torch/headeronly/util/Float8_e5m2.h>
-#include <torch/headeronly/util/Half.h>
-
-#include <algorithm>
 #include <array>
-#include <cmath>
-#include <cstring>
+#include <string>
+
+#include "cpu/tile/kernels.h"
 
 namespace fa3npu {
 
 namespace {
 
-// What a cache's dtype holds nearest to x: ties to even, beyond the largest number that one, NaN
-// where there is one and else 0.
-template <class To>
-To saturated(float x);
-template <>
-int8_t saturated(float x) {
-  return std::isnan(x) ? int8_t(0) : int8_t(std::nearbyint(std::clamp(x, -128.0f, 127.0f)));
-}
-template <>
-c10::Float8_e4m3fn saturated(float x) {
-  return std::isnan(x) ? x : std::clamp(x, -448.0f, 448.0f);
-}
-template <>
-c10::Float8_e5m2 saturated(float x) {
-  return std::isnan(x) ? x : std::clamp(x, -57344.0f, 57344.0f);
-}
-
-template <class From, class To>
-void quantise(const char* from_, int64_t n, float descale, char* to_) {
-  const From* from = reinterpret_cast<const From*>(from_);
-  To* to = reinterpret_cast<To*>(to_);
-  for (int64_t i = 0; i < n; ++i) to[i] = saturated<To>(float(from[i]) / descale);
-}
-
-template <class From>
-void quantise_to(ScalarType dtype, const char* from, int64_t n, float descale, char* to) {
-  switch (dtype) {
-    case ScalarType::Char:
-      return quantise<From, int8_t>(from, n, descale, to);
-    case ScalarType::Float8_e5m2:
-      return quantise<From, c10::Float8_e5m2>(from, n, descale, to);
-    default:
-      return quantise<From, c10::Float8_e4m3fn>(from, n, descale, to);
-  }
-}
-
 // Writes one head vector as the cache has it. What is rotated is rounded to its own dtype first.
 void write_row(const char* from, ScalarType dtype, char* to, ScalarType cache_dtype, int64_t n,
-               float descale, const Rotary* rotary, int64_t position) {
+               float descale, Quantise quantise, const Rotary* rotary, int64_t position) {
   if (dtype == cache_dtype) return copy_row(from, to, dtype, n, rotary, position);
   std::array<char, kMaxHeadDim * sizeof(float)> turned;
   if (rotary) {
     rotary->rotate(from, turned.data(), dtype, n, position);
     from = turned.data();
   }
-  switch (dtype) {
-    case ScalarType::Half:
-      return quantise_to<c10::Half>(cache_dtype, from, n, descale, to);
-    case ScalarType::BFloat16:
-      return quantise_to<c10::BFloat16>(cache_dtype, from, n, descale, to);
-    default:
-      return quantise_to<float>(cache_dtype, from, n, descale, to);
-  }
+  quantise(from, dtype, n, descale, cache_dtype, to);
 }
 
 }  // namespace
@@ -125,15 +77,17 @@ void CacheWrite::write(const std::vector<NewRow>& rows, const Rotary* rotary) co
   mark_written(k_cache_, "k_cache");
   mark_written(v_cache_, "v_cache");
   const Rows k = rows_of(k_), v = rows_of(v_), k_to = rows_of(k_cache_), v_to = rows_of(v_cache_);
+  const Quantise quantise = quantise_kernel();
   const int64_t nheads_k = k_cache_.size(2), headdim = k_.size(-1), headdim_v = v_.size(-1);
   torch::stable::parallel_for(0, rows.size(), 64, [&](int64_t first, int64_t last) {
     for (int64_t r = first; r < last; ++r) {
       const NewRow& row = rows[r];
       for (int64_t h = 0; h < nheads_k; ++h) {
         write_row(k.at(row.batch, row.row, h), k.dtype, k_to.at(row.to_batch, row.to_row, h),
-                  k_to.dtype, headdim, k_descale_.get(row.batch, h, 1), rotary, row.position);
+                  k_to.dtype, headdim, k_descale_.get(row.batch, h, 1), quantise, rotary,
+                  row.position);
         write_row(v.at(row.batch, row.row, h), v.dtype, v_to.at(row.to_batch, row.to_row, h),
-                  v_to.dtype, headdim_v, v_descale_.get(row.batch, h, 1), nullptr, 0);
+                  v_to.dtype, headdim_v, v_descale_.get(row.batch, h, 1), quantise, nullptr, 0);
       }
     }
   });

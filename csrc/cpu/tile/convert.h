@@ -224,7 +224,7 @@ void load_narrow_row(const char* from, ScalarType dtype, int64_t n, U* to) {
     for (; i + reader.kElements <= n; i += reader.kElements)
       store(to + i / kDepth<U>, reader.vector(from + i));
   });
-  const float* values = narrow_values(dtype);
+  const float* values = i < n ? narrow_values(dtype) : nullptr;
   for (; i < n; ++i) set(to[i / kDepth<U>], i % kDepth<U>, values[uint8_t(from[i])]);
 }
 

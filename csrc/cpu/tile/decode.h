@@ -41,10 +41,10 @@ struct StepOfKeys {
 
   // Where they lie, or in a copy that is zero past the last.
   TilesOfRows load(const KeyRows& keys, const Rows& cache, int64_t head) const {
-    const bool in_place = keys.even && width == ld * kDepth<U> && keys.count == kStep &&
-                          cache.dtype == ScalarType::BFloat16;
+    const bool whole = width == ld * kDepth<U> && keys.count == kStep;
+    const bool in_place = whole && keys.even && cache.dtype == ScalarType::BFloat16;
     if (!in_place) {
-      fill<U>(copy, kStep * ld, U{});
+      if (!whole) fill<U>(copy, kStep * ld, U{});
       for (int64_t j = 0; j < keys.count; ++j)
         load_row(keys.at[j] + head * cache.head, cache.dtype, width, copy + j * ld);
     }

@@ -11,6 +11,7 @@
 #include "cpu/tile/forward.h"
 #include "cpu/tile/isa.h"
 #include "cpu/tile/kernels.h"
+#include "cpu/tile/quantise.h"
 
 namespace fa3npu::FA3NPU_ISA {
 
@@ -26,10 +27,11 @@ namespace fa3npu {
 
 #if FA3NPU_BFLOAT16
 const InstructionSet FA3NPU_SET = {FA3NPU_NAME, &FA3NPU_ISA::kKernels<FA3NPU_ISA::Pair>, nullptr,
-                                   nullptr};
+                                   nullptr, FA3NPU_ISA::quantise_row};
 #else
 const InstructionSet FA3NPU_SET = {FA3NPU_NAME, &FA3NPU_ISA::kKernels<float>,
-                                   &FA3NPU_ISA::kKernels<float>, &FA3NPU_ISA::kKernels<double>};
+                                   &FA3NPU_ISA::kKernels<float>, &FA3NPU_ISA::kKernels<double>,
+                                   FA3NPU_ISA::quantise_row};
 #endif
 
 }  // namespace fa3npu

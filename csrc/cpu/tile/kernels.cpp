@@ -87,6 +87,8 @@ const Kernels& kernels(const Attention& a) {
   return pairs ? *chosen().bfloat16 : *chosen().float32;
 }
 
+Quantise quantise_kernel() { return chosen().quantise; }
+
 std::string cpu_capability() { return chosen().name; }
 
 std::string cpu_capabilities() {

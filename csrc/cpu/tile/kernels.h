@@ -56,11 +56,16 @@ struct Kernels {
   void (*backward_keys)(const Attention& a, const KeyTask& task, Memory scratch);
 };
 
+// One head vector of 16 or 32 bits as a narrow cache has it, see quantise.h.
+using Quantise = void (*)(const char* from, ScalarType dtype, int64_t n, float descale,
+                          ScalarType to_dtype, char* to);
+
 // By what is multiplied. All but float64 and, in some sets, bfloat16 is float32. A set without
 // kernels for it leaves it to AVX512's.
 struct InstructionSet {
   const char* name;
   const Kernels *bfloat16, *float32, *float64;
+  Quantise quantise;
 };
 
 #if defined(__x86_64__)
@@ -70,6 +75,7 @@ extern const InstructionSet kPortable;
 
 // For a call, of the best set that this machine runs or the one FA3NPU_CPU_CAPABILITY names.
 const Kernels& kernels(const Attention& a);
+Quantise quantise_kernel();
 std::string cpu_capability();    // that set
 std::string cpu_capabilities();  // all that this machine runs, best first
 

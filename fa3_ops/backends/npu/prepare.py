@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from fa3_ops.backends.backend import Run
 from fa3_ops.backends.call import Attention
-from fa3_ops.backends.lowering.fp8 import dequantise_fp8
+from fa3_ops.backends.lowering.dequantise import dequantise
 from fa3_ops.backends.lowering.keys import select_table_rows, without_hidden_pages
 from fa3_ops.backends.npu.flash_attn_npu import follows_metadata
 from fa3_ops.backends.npu.scheduler_metadata import without_padding
@@ -34,7 +36,8 @@ def prepare(call: Attention, run: Run) -> Attention:
             run.host_may_wait = False
         else:  # outside a capture, nobody reads it
             run.request = call = replace(call, scheduler_metadata=None)
-    call = dequantise_fp8(without_hidden_pages(select_table_rows(call, run)), run)
+    dtype = torch.float16 if call.is_fp8 else call.q.dtype  # of FP8, bfloat16 would round more
+    call = dequantise(without_hidden_pages(select_table_rows(call, run)), run, dtype)
     return call if call.sinks is None else replace(call, sinks=None)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from fa3_ops.backends.backend import Backend, Run
 from fa3_ops.backends.call import Attention, Gradient
 from fa3_ops.backends.lowering.completion import count_sinks
-from fa3_ops.backends.lowering.fp8 import dequantise_fp8
+from fa3_ops.backends.lowering.dequantise import dequantise
 from fa3_ops.backends.lowering.keys import (
     gather_keys,
     keys_in_use,
@@ -32,7 +32,7 @@ class TorchAttention(Backend[Attention]):
 
     def lower(self, request: Attention, run: Run) -> Attention:
         call = without_hidden_pages(select_table_rows(request, run))
-        return dense_keys(dequantise_fp8(call, run), run)
+        return dense_keys(dequantise(call, run, torch.float32), run)
 
     def launch(self, request: Attention, lowered: Attention, run: Run) -> tuple[Tensor, Tensor]:
         rows = PaddedRows(lowered)

@@ -78,8 +78,6 @@ class Fa3Backend(AttentionBackend):
     def supports_combination(
         cls, head_size: int, dtype: torch.dtype, kv_cache_dtype: str | None, *others: Any
     ) -> str | None:
-        if kv_cache_dtype in NARROW and dtype is torch.float32:
-            return f"kv_cache_dtype {kv_cache_dtype} needs a model in float16 or bfloat16"
         if kv_cache_dtype in (None, "auto", str(dtype).removeprefix("torch."), *NARROW):
             return None
         return f"kv_cache_dtype must be auto, fp8 or the model's, {dtype}, got {kv_cache_dtype}"
@@ -213,7 +211,7 @@ class Fa3Impl(AttentionImpl[Fa3Metadata]):
             "k": k_cache,
             "v": v_cache,
             "cu_seqlens_k": None,
-            "max_seqlen_k": metadata.max_seq_len,
+            "max_seqlen_k": None,
             "seqused_k": metadata.seq_lens,
             "page_table": metadata.block_table,
             **self._descales(layer),

@@ -31,7 +31,6 @@ class Fa3Metadata(AttentionMetadata):
     query_start_loc: Tensor  # (batch_size + 1,) int32
     seq_lens: Tensor  # (batch_size,) int32
     max_query_len: int
-    max_seq_len: int
     block_table: Tensor  # (batch_size, max_num_pages_per_seq) int32
     slot_mapping: Tensor  # (num_tokens,) int64, -1: no slot
     parts: list[Part]
@@ -59,7 +58,6 @@ class Fa3MetadataBuilder(AttentionMetadataBuilder[Fa3Metadata]):
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
             max_query_len=common.max_query_len,
-            max_seq_len=common.max_seq_len,
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
             parts=parts_of(common.causal, common.query_start_loc),

@@ -76,6 +76,7 @@ def check_dtype(name: str, x: GeTensor) -> None:
 
 def check_arguments(a: SimpleNamespace) -> None:
     check_dtype("q", a.q)
+    check_dtype("k", a.k)
     for name, can in (
         ("softcap", "FIA has none"),
         ("alibi_slopes", "FIA has no linear bias"),

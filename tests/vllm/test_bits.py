@@ -61,10 +61,10 @@ def test_the_other_requests(model: Path, tmp_path: Path) -> None:
     """On two threads, with linear layers that do not depend on the other rows."""
 
     def same(backend: dict[str, str]) -> int:
-        wishes = {"threads": 2, "prompts": 16, "alone": True, "rows": True}
+        wishes = {"threads": 2, "prompts": 8, "alone": True, "rows": True}
         said = in_a_process(model, tmp_path / "said", settings=backend, **wishes)
         return same_bits(said["batch"], said["alone"])
 
     ours, theirs = same(OURS), same(THEIRS)
-    print(f"alone and in a batch: the same bits {ours} of 16; with vLLM's own kernel {theirs}")
-    assert ours == 16
+    print(f"alone and in a batch: the same bits {ours} of 8; with vLLM's own kernel {theirs}")
+    assert ours == 8

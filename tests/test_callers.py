@@ -240,6 +240,13 @@ def test_pages_that_no_row_sees_need_no_id(
     same(torch.ops.fa3npu.flash_attn_kvcache(**hide(call, first)), want)
 
 
+def test_an_append_of_no_keys_to_left_padding_needs_no_page() -> None:
+    call = paged() | {"k": rand(2, 0, 2, 32), "v": rand(2, 0, 2, 32)}
+    call["cache_leftpad"] = call["cache_seqlens"] = ints(3, 1)  # of the first page
+    call["page_table"] = torch.full_like(call["page_table"], -7)
+    assert not fa3_ops.flash_attn_with_kvcache(**call).any()
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_an_append_needs_the_pages_that_it_writes_and_those_that_are_seen(compiled: bool) -> None:
     torch._dynamo.reset()

@@ -554,6 +554,8 @@ def read_after_append(
         seen = max(0, position - window_size[0]) if window_size[0] >= 0 else 0
         if attention_chunk > 0:
             seen = max(seen, position - position % attention_chunk)
+        if pad + seen >= seqlens[b]:
+            continue  # no row sees an old key
         first = (pad + seen) // page_size
         old = page_table[entry, first : -(-seqlens[b] // page_size)]
         for i, page in enumerate(old.tolist(), first):

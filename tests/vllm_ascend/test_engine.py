@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,15 @@ GENERATE = Path(__file__).parent / "generate.py"
 # built for torch 2.11, so that here only its Python part can be imported.
 ON_CPU = os.environ.get("FA3NPU_TEST_VLLM")
 RELEASED = {"attention_config": {"backend": "FLASH_ATTN"}}
+OWN: dict[str, Any] = {"attention_config": {"backend": "CUSTOM"}}
+WITH_GRAPHS = {
+    "enforce_eager": False,
+    "compilation_config": {
+        "mode": 0,  # the fusions would want more of the emulator
+        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_capture_sizes": [1, 2, 4],
+    },
+}
 
 
 def generate(python: str, folder: Path, environment: dict[str, str], **settings: Any) -> Any:
@@ -45,13 +56,34 @@ def first_difference(a: list[int], b: list[int]) -> int:
 CLOSE = {"float32": 1e-3, "bfloat16": 0.15}
 
 
-@pytest.mark.parametrize("dtype", CLOSE)
-def test_the_tokens_of_vllm_on_cpu(dtype: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    return functools.cache(lambda dtype: on_cpu(tmp_path_factory.mktemp(dtype), dtype))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "impl", "settings"),
+    [
+        ("float32", "AscendFAImpl", RELEASED),
+        ("bfloat16", "AscendFAImpl", RELEASED),
+        ("bfloat16", "Fa3AscendImpl", OWN),
+        ("bfloat16", "Fa3AscendImpl", OWN | WITH_GRAPHS),
+    ],
+    ids=["released, float32", "released, bfloat16", "own", "own, graphs"],
+)
+def test_the_tokens_of_vllm_on_cpu(
+    theirs: Callable[[str], Any], dtype: str, impl: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
     """bfloat16 is served by the stand-in for flash_attn_npu, float32 by plain torch operators."""
-    theirs = on_cpu(tmp_path, dtype)
-    strict = {"FA3NPU_STRICT": "1"} if dtype == "bfloat16" else {}
-    ours = generate(sys.executable, tmp_path, strict, dtype=dtype, **RELEASED)
-    assert ours["attention"] == ["AscendFAImpl"]
+    environment = {"VLLM_PLUGINS": "ascend,fa3_ops"}
+    if dtype == "bfloat16":
+        environment["FA3NPU_STRICT"] = "1"
+    ours = generate(sys.executable, tmp_path, environment, dtype=dtype, **settings)
+    assert ours["attention"] == [impl]
+    compare(dtype, ours, theirs(dtype))
+
+
+def compare(dtype: str, ours: Any, theirs: Any) -> None:
     same, off = 0, 0.0
     for a, b, x, y in zip(
         ours["tokens"], theirs["tokens"], ours["logprobs"], theirs["logprobs"], strict=True

@@ -206,7 +206,11 @@ class Calls:
         op = rng.choice(list(self.by_operator))
         call = {name: copied(x) for name, x in rng.choice(self.by_operator[op]).items()}
         done: list[str] = []
-        if "k_cache" in call and isinstance(call["cache_seqlens"], Tensor) and rng.random() < 0.01:
+        if (
+            "k_cache" in call
+            and isinstance(call.get("cache_seqlens"), Tensor)
+            and rng.random() < 0.01
+        ):
             endless_cache(rng, call)
             return op, call, ["endless_cache"]
         for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 3))):

@@ -356,6 +356,26 @@ class TestWhereChecksLive:
                 page_table=ints(0, 3, 5, 6).view(2, 2),
             )
 
+    @pytest.mark.parametrize("backend", ["cpu", "torch"])
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e5m2])
+    def test_what_a_cache_holds_but_nobody_computes_with_is_not_rotated(
+        self, dtype: torch.dtype, backend: str
+    ) -> None:
+        x, cache = torch.zeros(2, 3, 2, 16, dtype=dtype), torch.zeros(2, 8, 2, 16, dtype=dtype)
+        cos, sin = rotary(8, 16)
+        new = {"k": x, "v": x, "rotary_cos": cos, "rotary_sin": sin}
+        with (
+            fa3_ops.use_backend(backend),
+            pytest.raises(RuntimeError, match="k must .*, got (torch|Char|Float8)"),
+        ):
+            ops.kvcache_append_(
+                x, x, cache, cache.clone(), ints(0, 4), rotary_cos=cos, rotary_sin=sin
+            )
+        with pytest.raises(TypeError, match=rf"^k must have one of .* to be rotated, got {dtype}"):
+            fa3_ops.flash_attn_with_kvcache(
+                rand(2, 3, 4, 16), cache, cache.clone(), cache_seqlens=ints(0, 4), **new
+            )
+
     @pytest.mark.parametrize("dtype", [torch.int16, torch.uint8, torch.int32, torch.complex64])
     def test_leaves_refuse_dtypes_without_arithmetic(self, dtype: torch.dtype) -> None:
         """Elements of another size than float64's would be read and written outside the tensor."""

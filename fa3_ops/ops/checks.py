@@ -500,6 +500,9 @@ def append(
     if (rotary_cos is None) != (rotary_sin is None):
         raise ValueError("rotary_cos and rotary_sin must be given together, got one of them")
     if rotary_cos is not None and rotary_sin is not None:
+        if k.dtype not in DTYPES:
+            names = ", ".join(str(d) for d in DTYPES)
+            raise TypeError(f"k must have one of the dtypes {names} to be rotated, got {k.dtype}")
         shape(rotary_cos, ("seqlen_ro", "rotary_dim / 2"), "rotary_cos")
         shape(rotary_sin, tuple(rotary_cos.shape), "rotary_sin")
         if rotary_cos.dtype is not torch.float32:

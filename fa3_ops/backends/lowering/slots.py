@@ -14,7 +14,7 @@ from fa3_ops.backends.lowering.quantise import quantised
 from fa3_ops.backends.lowering.rotary import check_positions, rotate
 from fa3_ops.backends.lowering.rows import sequence_of_row
 from fa3_ops.backends.written import apart
-from fa3_ops.ops.checks import narrows, writable
+from fa3_ops.ops.checks import DTYPES, narrows, writable
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ def _first_positions(a: Append) -> Tensor:
 
 
 def _check_shapes(a: Append | Scatter) -> None:
+    if isinstance(a, Append) and a.rotary_cos is not None:
+        require(a.k.dtype in DTYPES, f"k must have a dtype with arithmetic, got {a.k.dtype}")
     for name, x, cache in (("k", a.k, a.k_cache), ("v", a.v, a.v_cache)):
         require(
             x.shape[-2:] == cache.shape[2:] and (x.dtype == cache.dtype or narrows(x, cache)),

@@ -366,7 +366,7 @@ class TestWhereChecksLive:
         new = {"k": x, "v": x, "rotary_cos": cos, "rotary_sin": sin}
         with (
             fa3_ops.use_backend(backend),
-            pytest.raises(RuntimeError, match="k must .*, got (torch|Char|Float8)"),
+            pytest.raises(RuntimeError, match=r"k must .*, got (torch|Char|Float8)"),
         ):
             ops.kvcache_append_(
                 x, x, cache, cache.clone(), ints(0, 4), rotary_cos=cos, rotary_sin=sin

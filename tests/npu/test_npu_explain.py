@@ -64,7 +64,9 @@ def test_append_and_attention(call: dict[str, Any], name: str | None) -> None:
 
 @few
 @given(
-    for_kernels(dense_calls((torch.float16, torch.bfloat16, torch.float32))), NAMES, st.booleans()
+    for_kernels(dense_calls((torch.float16, torch.bfloat16, torch.float32), narrow=False)),
+    NAMES,
+    st.booleans(),
 )
 def test_backward(call: dict[str, Any], name: str | None, of_lse: bool) -> None:
     settings = ("causal", "window_size", "softcap", "softmax_scale", "alibi_slopes")

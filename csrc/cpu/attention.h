@@ -25,6 +25,11 @@ inline bool is_narrow(ScalarType dtype) {
          dtype == ScalarType::Char;
 }
 
+// What may stand beside a narrow cache.
+inline bool is_wide(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+}
+
 // A tensor of head vectors, each contiguous. Strides are in bytes.
 struct Rows {
   char* data = nullptr;

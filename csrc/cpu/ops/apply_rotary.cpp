@@ -13,7 +13,7 @@ Tensor apply_rotary(Tensor x_, Tensor rotary_cos, Tensor rotary_sin, Tensor rota
   const bool packed = cu_seqlens_.has_value();
   FA3_CHECK(x_.dim() == (packed ? 3 : 4), "x must have ", packed ? 3 : 4, " dimensions, got ",
             shape_of(x_));
-  check_attention_dtype(x_, "x");
+  check_attention_dtype(x_.scalar_type(), "x");
   const Tensor x = contiguous_rows(x_);
   const int64_t headdim = x.size(-1), nheads = x.size(-2);
   const int64_t batch = packed ? cu_seqlens_->size(0) - 1 : x.size(0);

@@ -29,6 +29,10 @@ void check_shape(const Tensor& t, std::vector<int64_t> shape, const char* name) 
   FA3_CHECK(false, name, " must have shape (", wanted, "), got ", shape_of(t));
 }
 
+bool is_attention_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double || is_wide(dtype) || dtype == ScalarType::Float8_e4m3fn;
+}
+
 Scalars scalars_of(const Tensor& t) {  // (batch, nheads), (nheads,), or one number for all
   Scalars s;
   s.data = const_cast<float*>(t.const_data_ptr<float>());
@@ -37,11 +41,10 @@ Scalars scalars_of(const Tensor& t) {  // (batch, nheads), (nheads,), or one num
   return s;
 }
 
-// Keys are of q's dtype, or a narrow cache beside a q of 16 or 32 bits.
+// Keys are of q's dtype, or a narrow cache beside a wider q.
 void check_keys_dtype(const Tensor& q, const Tensor& k, const Tensor& v) {
   const ScalarType dtype = q.scalar_type();
-  const bool wider = dtype != ScalarType::Double && !is_narrow(dtype);
-  if (!wider || !is_narrow(k.scalar_type())) check_dtype(k, dtype, "k");
+  if (!is_wide(dtype) || !is_narrow(k.scalar_type())) check_dtype(k, dtype, "k");
   check_dtype(v, k.scalar_type(), "v");
 }
 
@@ -65,23 +68,16 @@ std::string shape_of(const Tensor& t) {
   return text + (t.dim() == 1 ? ",)" : ")");
 }
 
-bool is_attention_dtype(ScalarType dtype) {
-  return dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::Half ||
-         dtype == ScalarType::BFloat16 || dtype == ScalarType::Float8_e4m3fn;
-}
-
-void check_attention_dtype(const Tensor& t, const char* name) {
-  FA3_CHECK(is_attention_dtype(t.scalar_type()), name,
-            " must be float64, float32, float16, bfloat16 or float8_e4m3fn, got ",
-            torch::headeronly::toString(t.scalar_type()));
+void check_attention_dtype(ScalarType dtype, const char* name, const char* why) {
+  FA3_CHECK(is_attention_dtype(dtype), name, " must be float64, float32, float16, bfloat16 or ",
+            "float8_e4m3fn", why, ", got ", torch::headeronly::toString(dtype));
 }
 
 void check_cache_dtype(const Tensor& t, const char* name) {
   const ScalarType dtype = t.scalar_type();
-  FA3_CHECK(
-      is_attention_dtype(dtype) || dtype == ScalarType::Float8_e5m2 || dtype == ScalarType::Char,
-      name, " must be float64, float32, float16, bfloat16, float8_e4m3fn, float8_e5m2 or ",
-      "int8, got ", torch::headeronly::toString(dtype));
+  FA3_CHECK(is_attention_dtype(dtype) || is_narrow(dtype), name, " must be float64, float32, ",
+            "float16, bfloat16, float8_e4m3fn, float8_e5m2 or int8, got ",
+            torch::headeronly::toString(dtype));
 }
 
 Scalars descales_of(const MaybeTensor& t, std::optional<int64_t> batch_size, int64_t nheads_k,
@@ -187,7 +183,7 @@ AttentionCall::AttentionCall(const AttentionArguments& args)
     : args_(args),
       packed_q_(args.cu_seqlens_q.has_value()),
       packed_k_(args.cu_seqlens_k.has_value()) {
-  check_attention_dtype(args.q, "q");
+  check_attention_dtype(args.q.scalar_type(), "q");
   check_dim(args.q, packed_q_ ? 3 : 4, "q");
   check_dim(args.k, packed_k_ ? 3 : 4, "k");
   check_dim(args.v, packed_k_ ? 3 : 4, "v");

@@ -22,8 +22,7 @@ using MaybeTensor = std::optional<Tensor>;
 std::string shape_of(const Tensor& t);
 int64_t element_size(ScalarType dtype);  // in bytes
 
-bool is_attention_dtype(ScalarType dtype);
-void check_attention_dtype(const Tensor& t, const char* name);
+void check_attention_dtype(ScalarType dtype, const char* name, const char* why = "");
 
 // A cache may also be of float8_e5m2 or int8.
 void check_cache_dtype(const Tensor& t, const char* name);

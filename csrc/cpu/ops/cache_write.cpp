@@ -51,8 +51,7 @@ void CacheWrite::check_pair(const Tensor& x, const Tensor& cache, const char* na
             " must have the batch, nheads_k and headdim of the call, got ", shape_of(x));
   const ScalarType dtype = x.scalar_type();
   const bool narrows =
-      is_narrow(cache.scalar_type()) && x.size(-1) <= kMaxHeadDim &&
-      (dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float);
+      is_narrow(cache.scalar_type()) && is_wide(dtype) && x.size(-1) <= kMaxHeadDim;
   FA3_CHECK(dtype == cache.scalar_type() || narrows, name, " must have the dtype of its cache",
             is_narrow(cache.scalar_type()) ? ", float16, bfloat16 or float32" : "", ", got ",
             torch::headeronly::toString(dtype));

@@ -42,10 +42,7 @@ struct Wider<double> {
 Rotary::Rotary(const Tensor& rotary_cos, const Tensor& rotary_sin, ScalarType dtype,
                int64_t headdim, bool interleaved)
     : interleaved(interleaved) {
-  FA3_CHECK(is_attention_dtype(dtype),
-            "k must be float64, float32, float16, bfloat16 or "
-            "float8_e4m3fn to be rotated, got ",
-            torch::headeronly::toString(dtype));
+  check_attention_dtype(dtype, "k", " to be rotated");
   FA3_CHECK(rotary_cos.dim() == 2, "rotary_cos must have shape (seqlen_ro, rotary_dim / 2), got ",
             shape_of(rotary_cos));
   FA3_CHECK(shape_of(rotary_sin) == shape_of(rotary_cos), "rotary_sin must have the shape of ",

@@ -3,6 +3,7 @@ q."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,42 +12,14 @@ from torch import Tensor
 
 from fa3_ops.backends.backend import Run
 from fa3_ops.backends.call import Attention
+from fa3_ops.backends.lowering import float8
 from fa3_ops.backends.lowering.keys import gather_keys
 from fa3_ops.backends.lowering.rows import sequence_of_row
 
-
-def e4m3_values(at: torch.device) -> Tensor:
-    """The 256 values of float8_e4m3fn, (256,) float32: from bits, since the 910 has no such dtype,
-    and on the device, since a capture takes nothing from the host."""
-    magnitude = torch.arange(256, dtype=torch.int32, device=at) % 128
-    return _signed(_finite(magnitude, 3, 7).masked_fill(magnitude == 127, float("nan")))
-
-
-def e5m2_values(at: torch.device) -> Tensor:
-    """Those of float8_e5m2."""
-    magnitude = torch.arange(256, dtype=torch.int32, device=at) % 128
-    values = _finite(magnitude, 2, 15).masked_fill(magnitude == 124, float("inf"))
-    return _signed(values.masked_fill(magnitude > 124, float("nan")))
-
-
+# One for each table, since a device keeps what a function made under its name.
 VALUES: dict[torch.dtype, Callable[[torch.device], Tensor]] = {
-    torch.float8_e4m3fn: e4m3_values,
-    torch.float8_e5m2: e5m2_values,
+    dtype: functools.partial(float8.values, dtype) for dtype in float8.FORMATS
 }
-
-
-def _finite(magnitude: Tensor, mantissa_bits: int, bias: int) -> Tensor:
-    """Numbers by their bits without the sign; an exponent of 0 has no leading 1."""
-    ones = 1 << mantissa_bits
-    exponent, mantissa = magnitude // ones, magnitude % ones
-    power = ((exponent.clamp(min=1) + 127 - bias) * 2**23).view(torch.float32)
-    return power * torch.where(exponent > 0, mantissa + ones, mantissa) / ones
-
-
-def _signed(magnitudes: Tensor) -> Tensor:
-    """The upper half of the codes has the sign."""
-    negative = torch.arange(256, device=magnitudes.device) >= 128
-    return torch.where(negative, -magnitudes, magnitudes)
 
 
 def dequantise(call: Attention, run: Run, dtype: torch.dtype) -> Attention:

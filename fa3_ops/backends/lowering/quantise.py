@@ -1,14 +1,12 @@
-"""New keys and values as a narrow cache holds them; by arithmetic, since the 910 lacks FP8."""
+"""New keys and values as a narrow cache holds them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fa3_ops.backends.lowering.float8 import codes
 from fa3_ops.backends.lowering.rows import sequence_of_row
-
-# Bits of the mantissa, lowest exponent, largest number
-_FP8 = {torch.float8_e4m3fn: (3, -6, 448.0), torch.float8_e5m2: (2, -14, 57344.0)}
 
 
 def quantised(x: Tensor, dtype: torch.dtype, descale: Tensor | None, cu: Tensor | None) -> Tensor:
@@ -22,7 +20,7 @@ def quantised(x: Tensor, dtype: torch.dtype, descale: Tensor | None, cu: Tensor 
         x = x / _beside(x, descale, cu)
     if dtype == torch.int8:
         return x.nan_to_num(0.0).round().clamp(-128, 127).to(torch.int8)
-    return _codes(x, *_FP8[dtype]).view(dtype)
+    return codes(x, dtype).view(dtype)
 
 
 def _beside(x: Tensor, descale: Tensor, cu: Tensor | None) -> Tensor:
@@ -31,14 +29,3 @@ def _beside(x: Tensor, descale: Tensor, cu: Tensor | None) -> Tensor:
         return descale[..., None]
     by_row = descale[:, None] if cu is None else descale[sequence_of_row(cu, x)]
     return by_row[..., None]
-
-
-def _codes(x: Tensor, bits: int, lowest: int, largest: float) -> Tensor:
-    """Bytes: sign, exponent and mantissa, of which the lowest exponent also has numbers without a
-    leading one. Rounding carries into the exponent, as it should."""
-    size = x.abs().clamp(max=largest)
-    exponent = (size.view(torch.int32) // 2**23 - 127).clamp(min=lowest)
-    quantum = ((exponent - bits + 127) * 2**23).view(torch.float32)
-    code = (exponent - lowest) * 2**bits + (size / quantum).round().int()
-    code = torch.where(x.isnan(), 127, code)
-    return torch.where(x.signbit(), code + 128, code).to(torch.uint8)

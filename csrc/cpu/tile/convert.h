@@ -56,6 +56,9 @@ struct FromBFloat16 {
 #if FA3NPU_AVX512  // gcc 12's convertvector would take three instructions
     const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+#elif FA3NPU_BYTES == 32
+    const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(narrow), 16);
 #elif defined(__aarch64__)  // and one lane after another here
     return (Vec<float>)vshll_n_u16(vld1_u16(reinterpret_cast<const uint16_t*>(from)), 16);
 #else
@@ -70,6 +73,8 @@ struct FromHalf {
   INLINE static Vec<float> vector(const char* from) {
 #if FA3NPU_AVX512
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif FA3NPU_BYTES == 32
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #elif defined(__aarch64__)
     return vcvt_f32_f16(vld1_f16(reinterpret_cast<const float16_t*>(from)));
 #else
@@ -123,6 +128,15 @@ struct FromFloat8 : Float8<Mantissa> {
   using Format = Float8<Mantissa>;
   static constexpr int64_t kElements = kLanes<float>, kBytes = 1;
   INLINE static Vec<float> vector(const char* from) {
+#if FA3NPU_BYTES == 32
+    // By way of float16, which has the exponents of one format, and 2^-8 of the other's numbers.
+    const __m128i code = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+    if constexpr (Mantissa == 2) return _mm256_cvtph_ps(_mm_slli_epi16(code, 8));
+    const auto all = [](int x) INLINE_LAMBDA { return _mm_set1_epi16(short(x)); };
+    const __m128i half = _mm_and_si128(_mm_slli_epi16(code, 7), all(0xbf80));
+    const __m128i nan = _mm_cmpeq_epi16(_mm_or_si128(half, all(0x8000)), all(0xbf80));
+    return _mm256_cvtph_ps(_mm_or_si128(half, _mm_and_si128(nan, all(0x7c00)))) * 256.0f;
+#else
     constexpr float tiny = 1.0f / (1 << -Format::kTiny);
     const Vec<Pair> code = bytes(from), magnitude = code & 0x7f;
     const Vec<Pair> small = (Vec<Pair>)(__builtin_convertvector(magnitude, Vec<float>) * tiny);
@@ -130,6 +144,7 @@ struct FromFloat8 : Float8<Mantissa> {
     x = magnitude < (1 << Mantissa) ? small : x;
     x |= (magnitude >= Format::kSpecial) & 0x7f800000;
     return (Vec<float>)(x | (code & int32_t(0x80000000)));
+#endif
   }
 };
 

@@ -32,7 +32,7 @@
 #define FA3NPU_ISA avx2
 #define FA3NPU_SET kAvx2
 #define FA3NPU_NAME "AVX2"
-#define FA3NPU_FEATURES "avx2,fma"
+#define FA3NPU_FEATURES "avx2,fma,f16c"
 #define FA3NPU_BYTES 32
 #define FA3NPU_ROWS 6
 #define FA3NPU_VECTORS 2

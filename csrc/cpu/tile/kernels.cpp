@@ -46,7 +46,9 @@ std::vector<const InstructionSet*> supported() {
     if (bfloat16)  // twice as fast as float32 on AMD's cores, slower on Intel's
       best_first.insert(best_first.end() - (__builtin_cpu_is("amd") ? 1 : 0), &kAvx512Bf16);
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best_first.push_back(&kAvx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    best_first.push_back(&kAvx2);
 #endif
   best_first.push_back(&kPortable);
   return best_first;

@@ -241,6 +241,49 @@ INLINE void swap_quarters(Vec<U>* x) {
     x[i + Half] = lanes_of(a, b, second);
   }
 }
+
+template <class U>
+INLINE void transpose_square(Vec<U>* x) {
+  if constexpr (kLanes<U> == 16) swap_quarters<U, 8>(x);
+  swap_quarters<U, 4>(x);
+  swap_quarters<U, 2>(x);
+  swap_quarters<U, 1>(x);
+}
+#else
+template <class U>
+INLINE void transpose_square(Vec<U>* x) {
+  constexpr int L = kLanes<U>;
+  Vec<U> y[L];
+  for (int i = 0; i < L; ++i)
+    for (int j = 0; j < L; ++j) y[j][i] = x[i][j];
+  for (int i = 0; i < L; ++i) x[i] = y[i];
+}
+
+#if FA3NPU_BYTES == 32
+// Both halves of four rows, each on its own.
+INLINE void transpose_halves(__m256& a, __m256& b, __m256& c, __m256& d) {
+  const __m256 ab_low = _mm256_unpacklo_ps(a, b), ab_high = _mm256_unpackhi_ps(a, b);
+  const __m256 cd_low = _mm256_unpacklo_ps(c, d), cd_high = _mm256_unpackhi_ps(c, d);
+  a = _mm256_shuffle_ps(ab_low, cd_low, 0x44);
+  b = _mm256_shuffle_ps(ab_low, cd_low, 0xee);
+  c = _mm256_shuffle_ps(ab_high, cd_high, 0x44);
+  d = _mm256_shuffle_ps(ab_high, cd_high, 0xee);
+}
+
+template <>
+INLINE void transpose_square<float>(Vec<float>* x) {
+  __m256 y[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {  // the halves change places
+    y[i] = _mm256_permute2f128_ps(x[i], x[i + 4], 0x20);
+    y[i + 4] = _mm256_permute2f128_ps(x[i], x[i + 4], 0x31);
+  }
+  transpose_halves(y[0], y[1], y[2], y[3]);
+  transpose_halves(y[4], y[5], y[6], y[7]);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) x[i] = y[i];
+}
+#endif
 #endif
 
 // Rows load(0), load(1), ... become the columns of `to`.
@@ -250,17 +293,9 @@ INLINE void transpose(const Load& load, U* to, int64_t ld) {
   Vec<U> x[L];
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) x[i] = load(i);
-#if FA3NPU_AVX512
-  if constexpr (L == 16) swap_quarters<U, 8>(x);
-  swap_quarters<U, 4>(x);
-  swap_quarters<U, 2>(x);
-  swap_quarters<U, 1>(x);
+  transpose_square<U>(x);
 #pragma GCC unroll 16
   for (int i = 0; i < L; ++i) store(to + i * ld, x[i]);
-#else
-  for (int i = 0; i < L; ++i)
-    for (int j = 0; j < L; ++j) to[j * ld + i] = x[i][j];
-#endif
 }
 
 // ---- reductions: lane i of the result is of all lanes of x[i], in a fixed tree ----

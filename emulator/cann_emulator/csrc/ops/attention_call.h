@@ -13,11 +13,15 @@ using Lengths = std::optional<std::vector<int64_t>>;
 
 constexpr int64_t kMaskSize = 2048;  // of the triangle that sparse_mode 2, 3 and 4 take
 enum SparseMode { kDefault = 0, kAllMask = 1, kLeftUpCausal = 2, kRightDownCausal = 3, kBand = 4 };
+// What has a scale of its own; a single number is per channel, too.
+enum AntiquantMode { kPerChannel = 0, kPerToken = 1, kPerHead = 2, kPerTokenAndHead = 3 };
 
 struct Call {
-  Tensor query, key, value, mask, block_table, query_rope, key_rope, sink, out, lse;
+  Tensor query, key, value, mask, block_table, query_rope, key_rope, sink, key_scale, value_scale;
+  Tensor out, lse;
   Lengths q_lengths, kv_lengths;
   int64_t num_heads, num_kv_heads, pre_tokens, next_tokens, sparse_mode, inner_precise, block_size;
+  int64_t key_antiquant_mode, value_antiquant_mode;
   double scale;
   bool want_lse;
   std::string layout;
@@ -26,6 +30,8 @@ struct Call {
   bool tnd() const { return layout == "TND"; }
   bool paged() const { return block_table.defined(); }
   bool rope() const { return query_rope.defined(); }
+  // int8 keys and values beside a wider query.
+  bool antiquant() const { return key.scalar_type() == at::kChar; }
   int64_t batch() const { return tnd() ? q_lengths->size() : query.size(0); }
   int64_t max_q() const { return tnd() ? query.size(0) : query.size(layout == "BNSD" ? 2 : 1); }
   int64_t headdim() const { return layout == "BSH" ? query.size(2) / num_heads : query.size(-1); }
@@ -47,6 +53,10 @@ struct Call {
     if (!kv_lengths) return key.size(layout == "BNSD" ? 2 : 1);
     if (tnd() && !paged()) return (*kv_lengths)[b] - (b ? (*kv_lengths)[b - 1] : 0);
     return kv_lengths->size() == 1 ? kv_lengths->front() : (*kv_lengths)[b];
+  }
+  int64_t kv_room() const {
+    if (paged()) return block_table.size(1) * block_size;
+    return key.size(tnd() ? 0 : layout == "BNSD" ? 2 : 1);
   }
   int64_t q_length(int64_t b) const {
     if (tnd()) return (*q_lengths)[b] - (b ? (*q_lengths)[b - 1] : 0);

@@ -21,6 +21,44 @@ void check(std::initializer_list<aclnn::Rule> rules) {
   aclnn::require("aclnnFusedInferAttentionScore", rules);
 }
 
+// One row of query over int8 keys and values, which the documentation of Q_S 1 allows: per channel
+// (or one number), per token, per head, and per token and head.
+void check_antiquant(const Call& c) {
+  check({
+      {c.key_scale.defined() && c.value_scale.defined(),
+       "int8 keys and values need key_antiquant_scale and value_antiquant_scale"},
+      {c.decode(), "int8 keys and values are emulated for Q_S 1, in BSND, BNSD and BSH"},
+      {c.headdim() % 32 == 0, "the head dim must be a multiple of 32 with int8 keys and values"},
+      {!c.paged() || c.block_size % 32 == 0,
+       "block_size must be a multiple of 32 with int8 keys and values"},
+      {c.key_antiquant_mode == c.value_antiquant_mode,
+       "key_antiquant_mode and value_antiquant_mode must be equal"},
+      {c.key_antiquant_mode >= kPerChannel && c.key_antiquant_mode <= kPerTokenAndHead,
+       "the emulated antiquant modes are 0 to 3"},
+  });
+  const int64_t mode = c.key_antiquant_mode, n = c.num_kv_heads, d = c.headdim();
+  const bool per_token = mode == kPerToken || mode == kPerTokenAndHead;
+  auto shape_fits = [&](at::IntArrayRef shape) {
+    if (mode == kPerChannel)
+      return shape == at::IntArrayRef{1} || shape == at::IntArrayRef{1, n, 1, d} ||
+             shape == at::IntArrayRef{1, n, d} || shape == at::IntArrayRef{1, n * d};
+    if (mode == kPerHead) return shape == at::IntArrayRef{n};
+    const int64_t b = c.batch();
+    return shape.size() == 3 && shape[0] == (mode == kPerToken ? 1 : b) &&
+           shape[1] == (mode == kPerToken ? b : n) && shape[2] >= c.kv_room();
+  };
+  const auto dtype = per_token ? at::kFloat : c.query.scalar_type();
+  check({
+      {c.key_scale.scalar_type() == dtype && c.value_scale.scalar_type() == dtype,
+       "antiquant scales must be float32 per token, else of the dtype of query"},
+      {c.key_scale.sizes() == c.value_scale.sizes() && shape_fits(c.key_scale.sizes()),
+       "antiquant scales must be (1,), (1, N, 1, D), (1, N, D) or (1, H) in mode 0, (1, B, S) in "
+       "mode 1, (N,) in mode 2, (B, N, S) in mode 3, with S for all that block_table addresses"},
+      {is_contiguous(c.key_scale) && is_contiguous(c.value_scale),
+       "non-contiguous tensors are not supported"},
+  });
+}
+
 }  // namespace
 
 // In steps, because a later step relies on what an earlier one found.
@@ -28,13 +66,16 @@ void check_call(const Call& c) {
   const auto dtype = c.query.scalar_type();
   check({
       {!c.unsupported_input,
-       "pse_shift, quantisation, padding, shared prefixes and lists of "
-       "several key tensors are not emulated"},
+       "pse_shift, quantisation but for key_antiquant_scale and value_antiquant_scale, padding, "
+       "shared prefixes and lists of several key tensors are not emulated"},
       {c.layout == "TND" || c.layout == "BSND" || c.layout == "BNSD" || c.layout == "BSH",
        "the emulated layouts are TND, BSND, BNSD and BSH"},
       {dtype == at::kHalf || dtype == at::kBFloat16, "query must be float16 or bfloat16"},
-      {c.key.scalar_type() == dtype && c.value.scalar_type() == dtype,
-       "query, key and value must have one dtype"},
+      {c.value.scalar_type() == c.key.scalar_type() &&
+           (c.antiquant() || c.key.scalar_type() == dtype),
+       "query, key and value must have one dtype, or key and value int8"},
+      {c.antiquant() || !(c.key_scale.defined() || c.value_scale.defined()),
+       "antiquant scales need int8 keys and values"},
       {is_contiguous(c.query) && is_contiguous(c.key) && is_contiguous(c.value) &&
            is_contiguous(c.query_rope) && is_contiguous(c.key_rope) && is_contiguous(c.mask) &&
            is_contiguous(c.block_table),
@@ -118,14 +159,12 @@ void check_call(const Call& c) {
     });
   }
   for (int64_t b = 0; b < batch; ++b) {
-    int64_t room = c.paged() ? c.block_table.size(1) * c.block_size
-                   : c.tnd() ? c.key.size(0)
-                             : c.key.size(c.layout == "BNSD" ? 2 : 1);
     check({{c.q_length(b) >= 0 && c.q_length(b) <= c.max_q(),
             "a length of actual_seq_lengths is outside query"},
-           {c.kv_length(b) >= 0 && c.kv_length(b) <= room,
+           {c.kv_length(b) >= 0 && c.kv_length(b) <= c.kv_room(),
             "a length of actual_seq_lengths_kv is outside key, or block_table"}});
   }
+  if (c.antiquant()) check_antiquant(c);
   if (c.sink.defined())
     check({{c.tnd() && dv <= 128, "learnable_sink takes TND and a value head dim of at most 128"},
            {c.sink.scalar_type() == at::kBFloat16 && c.sink.numel() == c.num_heads,

@@ -1,7 +1,7 @@
 // aclnnFusedInferAttentionScore V3, V4 and V5: CANN's fused attention, in float32 on the host.
 //
 // Layouts TND, BSND, BNSD and BSH; paged or not; sparse_mode 0 to 4; query_rope and key_rope (MLA);
-// learnable_sink.
+// learnable_sink; int8 keys and values with scales (antiquant) beside one row of a wider query.
 #include <limits>
 
 #include "attention_call.h"
@@ -36,6 +36,26 @@ Tensor kv_sequence(const Call &c, const Tensor &t, int64_t b, int64_t length) {
   return sequence(c, t, c.num_kv_heads, b, c.tnd() ? (*c.kv_lengths)[b] : 0, length);
 }
 
+// The scales of one sequence's int8 keys or values, to be multiplied with (tokens, heads, headdim).
+Tensor antiquant_scales(const Call &c, const Tensor &scale, int64_t b, int64_t length) {
+  switch (c.key_antiquant_mode) {
+    case kPerChannel:
+      return scale.numel() == 1 ? scale : scale.reshape({c.num_kv_heads, -1});
+    case kPerToken:
+      return scale[0][b].slice(0, 0, length).reshape({length, 1, 1});
+    case kPerHead:
+      return scale.reshape({c.num_kv_heads, 1});
+    default:  // kPerTokenAndHead
+      return scale[b].slice(1, 0, length).t().unsqueeze(-1);
+  }
+}
+
+// Keys or values of one sequence as (tokens, heads, headdim), in float32.
+Tensor kv_numbers(const Call &c, const Tensor &t, const Tensor &scale, int64_t b, int64_t length) {
+  Tensor rows = kv_sequence(c, t, b, length).to(at::kFloat);
+  return scale.defined() ? rows * antiquant_scales(c, scale.to(at::kFloat), b, length) : rows;
+}
+
 // True where key j is hidden from query row i, (q, kv). The triangle is read from the caller's
 // mask (1 hides), so that a mask of the other convention gives wrong numbers here too.
 Tensor hidden(const Call &c, int64_t b, int64_t q, int64_t kv) {
@@ -66,13 +86,13 @@ void attend(const Call &c, int64_t b) {
   const int64_t q_end = c.tnd() ? (*c.q_lengths)[b] : 0;
   const int64_t group = c.num_heads / c.num_kv_heads;
   auto heads_first = [](const Tensor &t) { return t.to(at::kFloat).transpose(0, 1); };
-  auto grouped = [&](const Tensor &t) {
-    return heads_first(kv_sequence(c, t, b, kv_length)).repeat_interleave(group, 0);
+  auto grouped = [&](const Tensor &t, const Tensor &scale) {
+    return heads_first(kv_numbers(c, t, scale, b, kv_length)).repeat_interleave(group, 0);
   };
   auto q_rows = [&](const Tensor &t) { return sequence(c, t, c.num_heads, b, q_end, q_length); };
-  Tensor scores = heads_first(q_rows(c.query)).matmul(grouped(c.key).transpose(1, 2));
+  Tensor scores = heads_first(q_rows(c.query)).matmul(grouped(c.key, c.key_scale).transpose(1, 2));
   if (c.rope())
-    scores += heads_first(q_rows(c.query_rope)).matmul(grouped(c.key_rope).transpose(1, 2));
+    scores += heads_first(q_rows(c.query_rope)).matmul(grouped(c.key_rope, {}).transpose(1, 2));
   const Tensor mask = hidden(c, b, q_length, kv_length);
   scores.mul_(c.scale).masked_fill_(mask, -std::numeric_limits<double>::infinity());
   Tensor lse = scores.logsumexp(-1, /*keepdim=*/true);  // -inf where a row sees nothing
@@ -80,7 +100,7 @@ void attend(const Call &c, int64_t b) {
   if (c.sink.defined()) lse = at::logaddexp(lse, c.sink.to(at::kFloat).reshape({-1, 1, 1}));
   const Tensor blind = mask.all(-1).reshape({1, -1, 1}).expand_as(lse);
   Tensor weights = (scores - lse).exp_().masked_fill_(blind, 0.);
-  q_rows(c.out).copy_(weights.matmul(grouped(c.value)).transpose(0, 1));
+  q_rows(c.out).copy_(weights.matmul(grouped(c.value, c.value_scale)).transpose(0, 1));
   if (!c.want_lse) return;
   // +inf for a row that sees nothing is what FlashAttention's NPU kernels give. CANN documents
   // nothing, and no hardware has confirmed it.
@@ -122,38 +142,41 @@ Lengths lengths(const aclIntArray *array) { return array ? Lengths(array->values
 #define FIA_OPTIONS                                                                             \
   int64_t num_heads, double scale, int64_t pre_tokens, int64_t next_tokens, const char *layout, \
       int64_t num_kv_heads, int64_t sparse_mode, int64_t inner_precise, int64_t block_size,     \
-      int64_t /*antiquant_mode*/, bool want_lse, int64_t /*key_mode*/, int64_t /*value_mode*/
+      int64_t /*antiquant_mode*/, bool want_lse, int64_t key_mode, int64_t value_mode
 #define FIA_RESULTS \
   const aclTensor *out, const aclTensor *lse, uint64_t *workspace, aclOpExecutor **executor
-#define FIA_PREPARE(SINK, EXTRA)                                                                  \
-  attention::prepare_call(                                                                        \
-      attention::Call{aclnn::value(query),                                                        \
-                      attention::single(key),                                                     \
-                      attention::single(value),                                                   \
-                      aclnn::value(atten_mask),                                                   \
-                      aclnn::value(block_table),                                                  \
-                      aclnn::value(query_rope),                                                   \
-                      aclnn::value(key_rope),                                                     \
-                      aclnn::value(static_cast<const aclTensor *>(SINK)),                         \
-                      aclnn::value(out),                                                          \
-                      aclnn::value(lse),                                                          \
-                      attention::lengths(q_lengths),                                              \
-                      attention::lengths(kv_lengths),                                             \
-                      num_heads,                                                                  \
-                      num_kv_heads ? num_kv_heads : num_heads,                                    \
-                      pre_tokens,                                                                 \
-                      next_tokens,                                                                \
-                      sparse_mode,                                                                \
-                      inner_precise,                                                              \
-                      block_size,                                                                 \
-                      scale,                                                                      \
-                      want_lse,                                                                   \
-                      layout,                                                                     \
-                      pse_shift || dequant1 || quant1 || dequant2 || quant2 || quant_offset2 ||   \
-                          antiquant || antiquant_offset || query_padding || kv_padding ||         \
-                          key_scale || key_offset || value_scale || value_offset || key_prefix || \
-                          value_prefix || prefix_length || key_rope_scale ||                      \
-                          key->tensors.size() != 1 || EXTRA},                                     \
+#define FIA_PREPARE(SINK, EXTRA)                                                                 \
+  attention::prepare_call(                                                                       \
+      attention::Call{aclnn::value(query),                                                       \
+                      attention::single(key),                                                    \
+                      attention::single(value),                                                  \
+                      aclnn::value(atten_mask),                                                  \
+                      aclnn::value(block_table),                                                 \
+                      aclnn::value(query_rope),                                                  \
+                      aclnn::value(key_rope),                                                    \
+                      aclnn::value(static_cast<const aclTensor *>(SINK)),                        \
+                      aclnn::value(key_scale),                                                   \
+                      aclnn::value(value_scale),                                                 \
+                      aclnn::value(out),                                                         \
+                      aclnn::value(lse),                                                         \
+                      attention::lengths(q_lengths),                                             \
+                      attention::lengths(kv_lengths),                                            \
+                      num_heads,                                                                 \
+                      num_kv_heads ? num_kv_heads : num_heads,                                   \
+                      pre_tokens,                                                                \
+                      next_tokens,                                                               \
+                      sparse_mode,                                                               \
+                      inner_precise,                                                             \
+                      block_size,                                                                \
+                      key_mode,                                                                  \
+                      value_mode,                                                                \
+                      scale,                                                                     \
+                      want_lse,                                                                  \
+                      layout,                                                                    \
+                      pse_shift || dequant1 || quant1 || dequant2 || quant2 || quant_offset2 ||  \
+                          antiquant || antiquant_offset || query_padding || kv_padding ||        \
+                          key_offset || value_offset || key_prefix || value_prefix ||            \
+                          prefix_length || key_rope_scale || key->tensors.size() != 1 || EXTRA}, \
       workspace, executor)
 
 // GetMaxWorkspaceSize is what torch_npu asks before a capture: no call needs any workspace.

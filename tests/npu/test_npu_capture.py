@@ -12,6 +12,7 @@ import pytest
 import torch
 from npu_calls import assert_close, assert_lse
 from sample_inputs import ints, rand
+from strategies import NARROW_DTYPES
 from torch import Tensor
 
 import fa3_ops
@@ -329,12 +330,13 @@ def strided_cache(name: str) -> tuple[Tensor, Tensor]:
 
 
 class Reader(Decoder):
-    """A decode step that only attends, over a cache of any layout or dtype."""
+    """A decode step that only attends, over a cache of any layout or dtype, with a q of the same
+    dtype or another one."""
 
-    def __init__(self, k_cache: Tensor, v_cache: Tensor) -> None:
+    def __init__(self, k_cache: Tensor, v_cache: Tensor, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.k_cache, self.v_cache = k_cache, v_cache
-        self.q = self.q.cpu().to(k_cache.dtype).npu()
+        self.q = self.q.cpu().to(dtype or k_cache.dtype).npu()
 
     def made_for(self, dtype: torch.dtype) -> Tensor:
         return fa3_ops.get_scheduler_metadata(
@@ -393,6 +395,19 @@ def test_metadata_of_an_fp8_cache(dtype: torch.dtype) -> None:
     """The kernel gets float16 pages of another size."""
     shape = (B * PAGES, PAGE, HEADS_K, D)
     Reader(*(rand(*shape).to(torch.float8_e4m3fn).npu() for _ in "kv")).check(dtype)
+
+
+@pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
+@pytest.mark.parametrize("cache", NARROW_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_metadata_of_a_narrow_cache(cache: torch.dtype, dtype: torch.dtype) -> None:
+    """Beside a wider q: no kernel gets the pages that it was made for."""
+    torch.manual_seed(0)
+    shape = (B * PAGES, PAGE, HEADS_K, D)
+    values = (torch.randn(*shape) for _ in "kv")
+    if cache == torch.int8:  # some units, without a descale
+        values = (x.round().clamp(-2, 2) for x in values)
+    Reader(*(x.to(cache).npu() for x in values), dtype).check(dtype)
 
 
 @pytest.mark.parametrize("name", ["fused_infer_attention", "torch"])

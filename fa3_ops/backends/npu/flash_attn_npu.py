@@ -113,7 +113,8 @@ def follows_metadata(call: Attention) -> bool:
     """Whether this kernel serves a call that is not captured, and as what its metadata was made
     for, without a copy of the cache."""
     found = device.kernel()
-    if isinstance(found, str) or asked_for() not in (None, FlashAttnNpu.name):
+    others = asked_for() not in (None, FlashAttnNpu.name)
+    if isinstance(found, str) or others or call.is_narrow:
         return False
     can = capabilities(found)
     reasons = not_supported(call, [], can) + metadata_reasons(call, can)

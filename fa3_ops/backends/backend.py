@@ -45,6 +45,8 @@ class Backend(Generic[AnyRequest]):
     name: str
     reads_lengths = False  # the host reads lengths, and waits for the device, before it is asked
     capturable = True  # a graph may record it: it neither waits nor tiles by what tensors hold
+    # Whether it is asked about k and v of 8 bits; they are dequantised for one that is not.
+    reads_narrow = True
     takes_empty = False  # requests without anything to compute, which are answered without it
 
     def not_supported_reasons(self, request: AnyRequest, run: Run) -> list[str]:

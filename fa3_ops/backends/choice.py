@@ -52,6 +52,8 @@ def reasons_against(backend: Backend[Any], request: Request, run: Run) -> list[s
 def select(request: Request, run: Run) -> tuple[Backend[Any], dict[str, list[str]]]:
     """The backend that serves, and the reasons of the better ones."""
     backends = run.device.backends.get(type(request), [])
+    if isinstance(request, Attention) and request.is_narrow:
+        backends = [b for b in backends if b.reads_narrow]
     name = asked_for()
     if name is not None:
         asked = _by_name(name, request, run, backends)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import expecttest
@@ -690,6 +691,7 @@ def test_what_is_read_of_a_narrow_cache_is_dequantised(
     both = narrowed(torch.randn(6, 2, 16, 128), cache).transpose(1, 2)  # as vLLM has them
     descale = (0.5 + torch.rand(shape)) * (INT8_UNIT if cache == torch.int8 else 1)
     call = decode(64, 16) | {"k_cache": both[..., :64], "v_cache": both[..., 64:]}
+    call |= {"q": rand(2, 2, 8, 64, dtype=HALF)}  # one row over int8 is read as it is
     call |= {"q_descale": descale, "k_descale": descale, "v_descale": descale}
     want, want_lse = reference.flash_attn_with_kvcache(**call)
     out, lse = fa3_ops.flash_attn_with_kvcache(**to_npu(call), return_softmax_lse=True)
@@ -703,6 +705,139 @@ def test_what_is_read_of_a_narrow_cache_is_dequantised(
     monkeypatch.setenv("FA3NPU_STRICT", "1")
     with pytest.raises(NotImplementedError, match=said):
         fa3_ops.flash_attn_with_kvcache(**to_npu(call))
+
+
+def narrow_decode(dtype: torch.dtype = HALF, shape: tuple[int, ...] = (2, 2)) -> dict[str, Any]:
+    """One row of q a sequence over an int8 cache."""
+    call = decode(64, 32, dtype)
+    keys = {x: narrowed(torch.randn(call[x].shape), torch.int8) for x in ("k_cache", "v_cache")}
+    scales = {x: (0.5 + torch.rand(shape)) * INT8_UNIT for x in ("k_descale", "v_descale")}
+    return call | keys | scales
+
+
+class TestInt8ReadAsItIs:
+    """By FIA's antiquant: nothing is dequantised, and so nothing falls back."""
+
+    @pytest.fixture(autouse=True)
+    def strict(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FA3NPU_STRICT", "1")
+
+    @staticmethod
+    def check(call: dict[str, Any], dtype: torch.dtype = HALF, **bounds: Any) -> str:
+        """How it is served."""
+        want, want_lse = reference.flash_attn_with_kvcache(**call)
+        function, on_npu = fa3_ops.flash_attn_with_kvcache, to_npu(call) | bounds
+        out, lse = function(**on_npu, return_softmax_lse=True)
+        assert_close(out, want, dtype)
+        assert_lse(lse, want_lse, dtype)
+        explanation = fa3_ops.explain(function, **on_npu)
+        assert explanation.backend == "fused_infer_attention"
+        assert not explanation.bitwise
+        text = str(explanation)
+        assert "k and v of 8 bits are read as they are" in text
+        assert "dequantised" not in text
+        return text
+
+    @pytest.mark.parametrize("dtype", [HALF, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("shape", [(2, 2), (2,), (1,), ()], ids=str)
+    def test_descales(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        text = self.check(narrow_decode(dtype, shape), dtype)
+        assert "copies" not in text
+        assert "not flash_attn_npu" not in text
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"k_descale": None},
+            {"sinks": rand(8)},
+            {"cache_seqlens": ints(3, 0)},
+            {"cache_batch_idx": ints(1, 0)},
+            {"page_table": ints(4, 99, 0, 1, 5, 3).view(2, 3), "cache_seqlens": ints(9, 96)},
+        ],
+        ids=lambda change: " ".join(change),
+    )
+    def test_calls(self, change: dict[str, Any]) -> None:
+        self.check(narrow_decode() | change)
+
+    def test_descales_are_not_rounded(self) -> None:
+        """Those of a head would have the dtype of q, in which this one is 0."""
+        call = narrow_decode() | {"v_descale": torch.tensor(1e-8)}
+        call |= {"v_cache": torch.full((6, 32, 2, 64), 100, dtype=torch.int8)}
+        out = fa3_ops.flash_attn_with_kvcache(**to_npu(call))
+        torch.testing.assert_close(out.cpu(), torch.full_like(out.cpu(), 1e-6), rtol=0, atol=6e-8)
+
+    def test_packed_rows(self) -> None:
+        """As vLLM gives them."""
+        call = narrow_decode() | {"cu_seqlens_q": ints(0, 1, 2)}
+        call["q"] = call["q"].flatten(0, 1)
+        self.check(call, max_seqlen_q=1)
+
+    def test_dense_cache(self) -> None:
+        call = {x: t for x, t in narrow_decode().items() if x != "page_table"}
+        caches = {x: call[x].view(2, 96, 2, 64) for x in ("k_cache", "v_cache")}
+        self.check(call | caches)
+        self.check(call | caches | {"cache_seqlens": ints(0, 9), "cache_batch_idx": ints(1, 0)})
+
+    def test_only_the_pages_in_use_get_scales(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import torch_npu
+
+        shapes = []
+        fused = torch_npu.npu_fused_infer_attention_score
+
+        def spy(*arguments: Any, **keywords: Any) -> Any:
+            shapes.append(tuple(keywords["key_antiquant_scale"].shape))
+            return fused(*arguments, **keywords)
+
+        monkeypatch.setattr(torch_npu, "npu_fused_infer_attention_score", spy)
+        self.check(narrow_decode() | {"cache_seqlens": ints(33, 7)})
+        assert shapes == [(2, 2, 64)]
+
+
+@pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"q": rand(2, 2, 8, 64, dtype=HALF)}, "not every sequence has one row of q"),
+        ({"cu_seqlens_q": ints(0, 2, 2)}, "not every sequence has one row of q"),
+        ({"cu_seqlens_q": ints(0, 0, 1)}, "not every sequence has one row of q"),
+        ({"softcap": 2.0}, "softcap"),
+        ({"window_size": (40, 0)}, "window_size"),
+        ({"q": rand(2, 1, 8, 64)}, "dtype torch.float32"),
+        ({"name": "flash_attn_npu"}, "flash_attn_npu is asked for"),
+        ({"name": "torch"}, "torch is asked for"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_int8_is_dequantised_where_the_fused_operator_does_not_take_it(
+    change: dict[str, Any], why: str
+) -> None:
+    change = dict(change)
+    name, call, bounds = change.pop("name", None), narrow_decode() | change, {}
+    if "cu_seqlens_q" in call:
+        call["q"], bounds = call["q"].flatten(0, 1), {"max_seqlen_q": 2}
+    dtype = call["q"].dtype
+    want, want_lse = reference.flash_attn_with_kvcache(**call)
+    function, on_npu = fa3_ops.flash_attn_with_kvcache, to_npu(call) | bounds
+    with fa3_ops.use_backend(name) if name else nullcontext():
+        explanation = fa3_ops.explain(function, **on_npu)
+        out, lse = function(**on_npu, return_softmax_lse=True)
+    assert_close(out, want, dtype)
+    assert_lse(lse, want_lse, dtype)
+    assert explanation.backend == (
+        name or ("torch" if dtype == torch.float32 else "flash_attn_npu")
+    )
+    text = str(explanation)
+    assert "fused_infer_attention does not read 8 bits: " in text
+    assert why in text
+    assert "because int8 is dequantised" in text
+
+
+@pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
+def test_nothing_is_known_of_int8_on_a_950(monkeypatch: pytest.MonkeyPatch) -> None:
+    put(monkeypatch, "0.4 for 950")
+    monkeypatch.setattr(device, "is_950", lambda: True)
+    text = str(fa3_ops.explain(fa3_ops.flash_attn_with_kvcache, **to_npu(narrow_decode())))
+    assert "fused_infer_attention does not read 8 bits: k of 8 bits on a 950" in text
 
 
 @pytest.mark.filterwarnings("error::fa3_ops.FallbackWarning")

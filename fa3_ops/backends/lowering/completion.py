@@ -32,6 +32,8 @@ def as_asked(call: Attention, out: Tensor, softmax_lse: Tensor) -> tuple[Tensor,
         batch_size, seqlen_q = call.q.shape[:2]
         out = out.view(batch_size, seqlen_q, *out.shape[1:])
         softmax_lse = softmax_lse.view(-1, batch_size, seqlen_q).transpose(0, 1)
+    elif call.cu_seqlens_q is not None and softmax_lse.dim() == 3:  # dense by as_dense_rows
+        out, softmax_lse = out.squeeze(1), softmax_lse.squeeze(-1).T
     if out.shape[-1] != call.headdim_v:
         out = out[..., : call.headdim_v]
     return out.contiguous(), softmax_lse.contiguous()

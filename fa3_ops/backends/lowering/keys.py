@@ -294,6 +294,13 @@ def gather_keys(
     )
 
 
+def without_far_pages(call: Attention, most_keys: int) -> Attention:
+    """The page table without what is behind the longest sequence."""
+    if call.page_table is None:
+        return call
+    return replace(call, page_table=call.page_table[:, : max(-(-most_keys // call.k.shape[1]), 1)])
+
+
 def bound(call: Attention) -> Attention:
     """Page ids within the cache, lengths within the page table, and at least one key for every
     sequence: a kernel never sees an empty one, of which it makes different kinds of wrong."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,6 +19,20 @@ def sequence_of_row(cu_seqlens: Tensor, packed: Tensor) -> Tensor:
     rows = torch.arange(packed.shape[0], device=packed.device, dtype=cu_seqlens.dtype)
     found = torch.bucketize(rows, cu_seqlens[1:].contiguous(), right=True)
     return found.clamp_(max=cu_seqlens.shape[0] - 2)
+
+
+def has_one_row_each(call: Attention, seqlens_q: Sequence[int]) -> bool:
+    """Whether every sequence has one row of q, and every row a sequence."""
+    if call.cu_seqlens_q is not None and len(call.q) != call.batch_size:
+        return False
+    return call.seqused_q is None and len(seqlens_q) > 0 and set(seqlens_q) == {1}
+
+
+def as_dense_rows(call: Attention) -> Attention:
+    """Packed q of one row a sequence as a dense one; see completion.as_asked."""
+    if call.cu_seqlens_q is None:
+        return call
+    return replace(call, q=call.q.unsqueeze(1), cu_seqlens_q=None, max_seqlen_q=None)
 
 
 def split_unused_rows(call: Attention, run: Run) -> Attention:

@@ -123,6 +123,10 @@ class FusedLimits:
     max_decode_keys: int = 262144
     decode_pages: range = range(16, 513, 16)
     prefill_pages: range = range(128, 513, 128)
+    # k and v of 8 bits beside one row of a wider q (antiquant), which TND does not take.
+    narrow_dtypes: Collection[torch.dtype] = (torch.int8,)
+    narrow_headdims: range = range(32, 513, 32)
+    narrow_pages: range = range(32, 513, 32)
 
 
 CANN_8_2 = FusedLimits(  # branch 7.1.0

@@ -124,6 +124,7 @@ def follows_metadata(call: Attention) -> bool:
 class FlashAttnNpu(Backend[Attention]):
     name = "flash_attn_npu"
     reads_lengths = True
+    reads_narrow = False
 
     def not_supported_reasons(self, request: Attention, run: Run) -> list[str]:
         found = device.kernel()

@@ -5,18 +5,22 @@ documentation for Atlas A2 and A3; it takes lengths as lists on the host, so it 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fa3_ops.backends.backend import Backend, Run
 from fa3_ops.backends.call import Attention
+from fa3_ops.backends.choice import asked_for, reasons_against
 from fa3_ops.backends.lowering import keys, rows
 from fa3_ops.backends.lowering.completion import as_asked, blind_rows, clear
 from fa3_ops.backends.lowering.lengths import read
+from fa3_ops.backends.npu import device
 from fa3_ops.backends.npu.capabilities import FusedLimits, fused_limits
 
 CAUSAL, BAND = 3, 4  # sparse_mode
+PER_TOKEN_AND_HEAD = 3  # key_antiquant_mode, the one whose float32 scales are those of a sequence
 FAR = 2**30  # its kernel adds lengths to the ends of a band in 32 bits
 
 
@@ -27,6 +31,8 @@ def is_packed(call: Attention) -> bool:
 
 def page_sizes(call: Attention) -> range:
     can = fused_limits()
+    if call.is_narrow:
+        return can.narrow_pages
     if is_packed(call):
         return can.page_sizes
     return can.decode_pages if call.seqlen_q == 1 else can.prefill_pages
@@ -60,6 +66,27 @@ def packed_reasons(call: Attention, seqlens: list[tuple[int, int]], can: FusedLi
     return [f"{reason} ({can.name})" for reason, given in reasons.items() if given]
 
 
+def narrow_reasons(call: Attention, seqlens: list[tuple[int, int]], can: FusedLimits) -> list[str]:
+    """Why it does not take k and v of 8 bits beside a wider q."""
+    reasons = {
+        f"k of {call.k.dtype}": call.is_fp8 or call.k.dtype not in can.narrow_dtypes,
+        "k of 8 bits on a 950": device.is_950(),
+        f"k of 8 bits and headdim {call.headdim}": call.headdim not in can.narrow_headdims,
+        "k of 8 bits where not every sequence has one row of q": not rows.has_one_row_each(
+            call, [q for q, _ in seqlens]
+        ),
+    }
+    return [reason for reason, given in reasons.items() if given]
+
+
+def reasons_to_dequantise(call: Attention, run: Run) -> list[str]:
+    """Why it cannot serve k and v of 8 bits as they are; empty if it can."""
+    asked = asked_for()
+    if asked not in (None, FusedInferAttention.name):
+        return [f"{asked} is asked for"]
+    return reasons_against(FusedInferAttention(), call, run)
+
+
 class FusedInferAttention(Backend[Attention]):
     name = "fused_infer_attention"
     reads_lengths = True
@@ -67,6 +94,11 @@ class FusedInferAttention(Backend[Attention]):
 
     def not_supported_reasons(self, request: Attention, run: Run) -> list[str]:
         seqlens = run.lengths.pairs if run.lengths else []
+        if request.is_narrow:
+            reasons = narrow_reasons(request, seqlens, fused_limits())
+            if reasons:
+                return reasons
+            request = rows.as_dense_rows(request)
         reasons = size_reasons(request, seqlens)
         for name, given in (
             # Documented as needing softmax_lse off, which every call here has on.
@@ -85,12 +117,17 @@ class FusedInferAttention(Backend[Attention]):
 
     def lower(self, request: Attention, run: Run) -> Attention:
         assert run.lengths is not None
+        if request.is_narrow:
+            request = rows.as_dense_rows(request)
+            run.note("k and v of 8 bits are read as they are")
         sizes, dense = page_sizes(request), request.cu_seqlens_q is None
         force = not run.lengths.covers(request)
         call = keys.as_pages(request, run, sizes, force=force, counts_keys=dense)
         call = rows.split_unused_rows(call, run)
         if call.cu_seqlens_q is not None and not run.lengths.plain:
             call = rows.cover_all_rows(call, run)
+        if call.is_narrow:  # every key that the page table addresses gets a scale
+            call = keys.without_far_pages(call, max(run.lengths.seqlens_k))
         return replace(keys.bound(call), q=call.q.contiguous())
 
     def launch(self, request: Attention, lowered: Attention, run: Run) -> tuple[Tensor, Tensor]:
@@ -159,5 +196,25 @@ def launch(call: Attention, run: Run) -> tuple[Tensor, Tensor]:
         pre_tokens=left if masked and left >= 0 else FAR,  # CAUSAL takes no notice of them
         next_tokens=right if masked and right >= 0 else FAR,
         softmax_lse_flag=True,
+        **(antiquant(call) if call.is_narrow else {}),
     )
     return out, softmax_lse.squeeze(-1).T if packed else softmax_lse.squeeze(-1)
+
+
+def antiquant(call: Attention) -> dict[str, Any]:
+    """The descales as scales of every key, (batch_size, nheads_k, keys) float32. Those of a head or
+    of the tensor have the dtype of q, which would round them."""
+    keys_each = call.k.shape[1] * (1 if call.page_table is None else call.page_table.shape[1])
+
+    def scales(descale: Tensor | None) -> Tensor:
+        if descale is None:
+            descale = torch.ones(1, device=call.q.device)
+        each = descale.expand(call.batch_size, call.nheads_k)[..., None]
+        return each.expand(-1, -1, keys_each).contiguous()
+
+    return {
+        "key_antiquant_scale": scales(call.k_descale),
+        "value_antiquant_scale": scales(call.v_descale),
+        "key_antiquant_mode": PER_TOKEN_AND_HEAD,
+        "value_antiquant_mode": PER_TOKEN_AND_HEAD,
+    }

@@ -11,6 +11,7 @@ from fa3_ops.backends.call import Attention
 from fa3_ops.backends.lowering.dequantise import dequantise
 from fa3_ops.backends.lowering.keys import select_table_rows, without_hidden_pages
 from fa3_ops.backends.npu.flash_attn_npu import follows_metadata
+from fa3_ops.backends.npu.fused_infer_attention import reasons_to_dequantise
 from fa3_ops.backends.npu.scheduler_metadata import without_padding
 
 LENGTHS = (
@@ -36,9 +37,20 @@ def prepare(call: Attention, run: Run) -> Attention:
             run.host_may_wait = False
         else:  # outside a capture, nobody reads it
             run.request = call = replace(call, scheduler_metadata=None)
-    dtype = torch.float16 if call.is_fp8 else call.q.dtype  # of FP8, bfloat16 would round more
-    call = dequantise(without_hidden_pages(select_table_rows(call, run)), run, dtype)
+    call = without_hidden_pages(select_table_rows(call, run))
+    if call.is_narrow:
+        call = without_narrow_keys(call, run)
     return call if call.sinks is None else replace(call, sinks=None)
+
+
+def without_narrow_keys(call: Attention, run: Run) -> Attention:
+    """What has 8 bits dequantised, unless a kernel reads it as it is, which copies nothing."""
+    reasons = reasons_to_dequantise(call, run)
+    if not reasons:
+        return call
+    run.note(f"fused_infer_attention does not read 8 bits: {', '.join(reasons)}")
+    dtype = torch.float16 if call.is_fp8 else call.q.dtype  # of FP8, bfloat16 would round more
+    return dequantise(call, run, dtype)
 
 
 def with_contiguous_lengths(call: Attention) -> Attention:

@@ -801,6 +801,14 @@ ERRORS: dict[str, tuple[Callable[[], Callable[[], Any]], str]] = {
         lambda: paged_call(dtype=torch.float8_e4m3fn, q_descale=torch.ones(2, 2)),
         "dtype torch.float8_e4m3fn of q",
     ),
+    "int8 cache": (
+        lambda: call(
+            ops.flash_attn_kvcache,
+            rand(2, 1, 4, 64), *(torch.ones(4, 128, 2, 64, dtype=torch.int8) for _ in "kv"),
+            cache_seqlens=int32(3, 5), page_table=pages(2, 2),
+        ),
+        "dtype torch.int8 of k: it takes float16 and bfloat16",
+    ),
     "headdim": (lambda: paged_call(headdim=72), "headdim 72 and headdim_v 72"),
     "headdim_v": (lambda: paged_call(headdim_v=128), "headdim 64 and headdim_v 128"),
     "packed headdim": (lambda: paged_call(cu_seqlens_q=PACKED), "headdim 64 and headdim_v 64 of packed q"),

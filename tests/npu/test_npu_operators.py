@@ -22,11 +22,15 @@ from npu_calls import (
 from sample_inputs import ints, rand
 from strategies import (
     HEADDIMS,
+    INT8_UNIT,
     cumulative,
     dense_calls,
+    descale,
     hide_pages,
     kvcache_calls,
+    lengths,
     scatter_calls,
+    tensor,
     varlen_calls,
 )
 from torch import Tensor
@@ -202,9 +206,9 @@ class TestStridedLengths:
         wide = torch.stack((metadata, metadata), dim=1)
         keywords = {"max_seqlen_q": 3, "causal": True}
         want = fa3_ops.flash_attn_with_kvcache(**to_npu(call), **keywords).cpu()
-        for tensor in (metadata, wide[:, 0]):
+        for each in (metadata, wide[:, 0]):
             out = fa3_ops.flash_attn_with_kvcache(
-                **to_npu(call), **keywords, scheduler_metadata=tensor
+                **to_npu(call), **keywords, scheduler_metadata=each
             )
             assert torch.equal(out.cpu(), want)
 
@@ -333,3 +337,44 @@ class TestManyKeys:
         want, want_lse = reference.flash_attn_with_kvcache(**plain)
         assert_close(out, want, call["q"].dtype)
         assert_lse(lse, want_lse, call["q"].dtype, rounds_keys(call))
+
+
+@st.composite
+def int8_decodes(draw: Any) -> dict[str, Any]:
+    """One row of q a sequence over an int8 cache."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    batch, nheads_k, columns = (draw(st.integers(1, 3)) for _ in range(3))
+    d, page_size = draw(st.sampled_from([32, 64, 128])), draw(st.sampled_from([16, 32, 96, 128]))
+    q_rows: tuple[int, ...] = (batch, 1)
+    cache_rows = (batch, columns * page_size)
+    call: dict[str, Any] = {"causal": draw(st.booleans())}
+    if draw(st.booleans()):
+        call |= {"cu_seqlens_q": torch.arange(batch + 1).int(), "max_seqlen_q": 1}
+        q_rows = (batch,)
+    if draw(st.booleans()):
+        call["page_table"] = torch.randperm(batch * columns).int().view(batch, columns)
+        cache_rows = (batch * columns, page_size)
+    call["cache_seqlens"] = lengths(draw, batch, columns * page_size)
+    if draw(st.booleans()):
+        call["cache_leftpad"] = (torch.rand(batch) * (call["cache_seqlens"] + 1)).int()
+    for x in "kv":
+        cache = (*cache_rows, nheads_k, d)
+        call[f"{x}_cache"] = tensor(draw, cache, torch.int8, any_last=False)
+        call[f"{x}_descale"] = descale(draw, batch, nheads_k) * INT8_UNIT
+    nheads = nheads_k * draw(st.sampled_from([1, 2, 7]))
+    dtype = draw(st.sampled_from([HALF, torch.bfloat16]))
+    return call | {"q": rand(*q_rows, nheads, d, dtype=dtype)}
+
+
+@examples
+@given(int8_decodes())
+def test_int8_is_read_by_the_fused_operator(call: dict[str, Any]) -> None:
+    function, device = fa3_ops.flash_attn_with_kvcache, to_npu(call)
+    explanation = fa3_ops.explain(function, **device)
+    assert explanation.backend == "fused_infer_attention"
+    assert "dequantised" not in str(explanation)
+    out, lse = function(**device, return_softmax_lse=True)
+    plain = {name: x for name, x in call.items() if name != "max_seqlen_q"}
+    want, want_lse = reference.flash_attn_with_kvcache(**plain)
+    assert_close(out, want, call["q"].dtype)
+    assert_lse(lse, want_lse, call["q"].dtype)

@@ -44,7 +44,7 @@ def prepare(call: Attention, run: Run) -> Attention:
 
 
 def without_narrow_keys(call: Attention, run: Run) -> Attention:
-    """What has 8 bits dequantised, unless a kernel reads it as it is, which copies nothing."""
+    """What has 8 bits dequantised, unless a kernel reads it as it is."""
     reasons = reasons_to_dequantise(call, run)
     if not reasons:
         return call

@@ -59,8 +59,8 @@ def _append(
     cache_start: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    """Checks, appends and rotates; returns the arguments of flash_attn_kvcache, all positional and
-    without starred parts: to bind so many by name would take a tenth of the shortest call."""
+    """Checks, appends, rotates; returns the arguments of flash_attn_kvcache: positional and without
+    starred parts, because to bind so many by name would take a tenth of the shortest call."""
     batch_size = checks.attention(
         q,
         k_cache,
@@ -97,24 +97,22 @@ def _append(
     if k is not None and cache_seqlens is not None:
         # What the append does not take and the attention would refuse after it.
         checks.ints64(
-            window_size=window_size,
-            max_seqlen_q=max_seqlen_q,
-            attention_chunk=attention_chunk,
-            num_splits=num_splits,
-            sm_margin=sm_margin,
-        )
+            window_size=window_size, max_seqlen_q=max_seqlen_q, attention_chunk=attention_chunk,
+            num_splits=num_splits, sm_margin=sm_margin,
+        )  # fmt: skip
         checks.strided(
-            *(q, qv, cache_leftpad, cache_start, cu_seqlens_q, seqused_q, q_descale, k_descale, v_descale),
-            *(scheduler_metadata, alibi_slopes, sinks, out),
+            *(q, qv, cache_leftpad, cu_seqlens_q, seqused_q, q_descale, k_descale, v_descale),
+            *(scheduler_metadata, alibi_slopes, sinks, cache_start, out),
         )
         checks.read_after_append(
             *(q, k, k_cache, cache_seqlens, cache_batch_idx, cache_leftpad, page_table),
             *(cu_seqlens_q, cu_seqlens_k_new, seqused_q, cache_start, window_size, attention_chunk),
         )
+        advance = causal or max(window_size) >= 0 or attention_chunk > 0
         q, cache_seqlens = _write(
             *(q, k, v, k_cache, v_cache, cache_seqlens, cache_batch_idx, page_table, cu_seqlens_q),
             *(cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved),
-            *(cache_start, k_descale, v_descale, causal or max(window_size) >= 0 or attention_chunk > 0),
+            *(cache_start, k_descale, v_descale, advance),
         )
     return (
         q, k_cache, v_cache, qv, cache_seqlens, cache_batch_idx, cache_leftpad, page_table,

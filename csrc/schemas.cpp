@@ -30,7 +30,7 @@
   "Tensor? cache_batch_idx=None, Tensor? cache_leftpad=None, Tensor? page_table=None, "          \
   "Tensor? cu_seqlens_q=None, SymInt? max_seqlen_q=None, Tensor? seqused_q=None, " DESCALES MASK \
   "Tensor? scheduler_metadata=None, int num_splits=0, bool? pack_gqa=None, "                     \
-  "int sm_margin=0, " BIAS
+  "int sm_margin=0, " BIAS ", Tensor? cache_start=None"
 
 #define WITH_KVCACHE                                                                       \
   "Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k=None, Tensor? v=None, "     \
@@ -39,7 +39,8 @@
   "Tensor? page_table=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k_new=None, "    \
   "SymInt? max_seqlen_q=None, Tensor? rotary_seqlens=None, " DESCALES MASK                 \
   "bool rotary_interleaved=True, Tensor? scheduler_metadata=None, int num_splits=0, "      \
-  "bool? pack_gqa=None, int sm_margin=0, " BIAS ", Tensor? seqused_q=None"
+  "bool? pack_gqa=None, int sm_margin=0, " BIAS                                            \
+  ", Tensor? seqused_q=None, Tensor? cache_start=None"
 
 #define BACKWARD                                                                          \
   "float? softmax_scale=None, bool causal=False, int[2] window_size=[-1,-1], "            \

@@ -291,7 +291,7 @@ def flash_attn_varlen_func(
             q, k, v, qv, seqused_k, None, None, page_table, cu_seqlens_q, max_seqlen_q,
             seqused_q, q_descale, k_descale, v_descale, softmax_scale, causal, window,
             attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa, sm_margin,
-            alibi_slopes, sinks,
+            alibi_slopes, sinks, None,
         )  # fmt: skip
     else:
         arguments = (
@@ -403,6 +403,7 @@ def flash_attn_with_kvcache(
     learnable_sink: Tensor | None = None,
     out: Tensor | None = None,
     seqused_q: Tensor | None = None,
+    cache_start: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Appends k and v to a KV cache in place, then attends to the cache. Has no backward.
 
@@ -418,14 +419,19 @@ def flash_attn_with_kvcache(
             positions cache_seqlens[b] and on. Masks then count the lengths after the append.
         qv: like q with headdim_v.
         rotary_cos, rotary_sin: (seqlen_ro, rotary_dim / 2), q's dtype or float32; only with k. New
-            keys are rotated at cache_seqlens[b], cache_seqlens[b] + 1, ... (left padding counted),
-            and so is q if causal, windowed or chunked; else every row of q at cache_seqlens[b].
+            keys are rotated at cache_seqlens[b], cache_seqlens[b] + 1, ... (left padding counted,
+            and cache_start[b] added), and so is q if causal, windowed or chunked; else every row
+            of q at the first of these.
         rotary_interleaved: pairs are dimensions (0, 1), (2, 3), ..., else (0, rotary_dim / 2), ...
         rotary_seqlens: (batch_size,) int32, the first position instead of cache_seqlens.
         cache_seqlens: int, or (batch_size,) int32: valid keys in the cache before the append,
             counted from the cache's start; by default all.
         cache_batch_idx: (batch_size,) int32, row of the cache (or of page_table) of each sequence.
         cache_leftpad: (batch_size,) int32, keys at the start of the cache that do not count.
+        cache_start: (batch_size,) int32, the position in its sequence of the first key that counts:
+            0, or what a cache with a sliding window has dropped. attention_chunk and the blocks of
+            the bitwise contract count from the start of the sequence, so that a row whose window
+            hides what was dropped has the bits of the whole cache.
         page_table (alias block_table): (batch_size, max_num_pages_per_seq) int32; entries of pages
             that no row of q sees are not read.
         seqused_q: (batch_size,) int32; how many rows of q of each sequence count, from its start.
@@ -462,6 +468,7 @@ def flash_attn_with_kvcache(
             rotary_sin=rotary_sin,
             cache_batch_idx=cache_batch_idx,
             cache_leftpad=cache_leftpad,
+            cache_start=cache_start,
             cu_seqlens_k_new=cu_seqlens_k_new,
         )
         try:
@@ -483,7 +490,7 @@ def flash_attn_with_kvcache(
         cache_leftpad, page_table, cu_seqlens_q, cu_seqlens_k_new, max_seqlen_q, rotary_seqlens,
         q_descale, k_descale, v_descale, softmax_scale, causal, window,
         attention_chunk, softcap, rotary_interleaved, scheduler_metadata, num_splits, pack_gqa,
-        sm_margin, alibi_slopes, sinks, seqused_q,
+        sm_margin, alibi_slopes, sinks, seqused_q, cache_start,
     )  # fmt: skip
     op = ops.flash_attn_with_kvcache
     if out is None:

@@ -15,10 +15,15 @@ from fa3_ops.ops.checks import NARROW
 
 
 def mask(
-    seqlen_q: int, seqlen_k: int, causal: bool, window_size: Sequence[int], attention_chunk: int
+    seqlen_q: int,
+    seqlen_k: int,
+    causal: bool,
+    window_size: Sequence[int],
+    attention_chunk: int,
+    start: int = 0,
 ) -> Tensor:
     """(seqlen_q, seqlen_k), true where query i sees key j. Aligned to the bottom right: the last
-    query stands at the last key."""
+    query stands at the last key, the first key at position `start` of its sequence."""
     left, right = window_size
     if causal:
         right = 0
@@ -30,7 +35,7 @@ def mask(
     if right >= 0:
         seen &= j <= i + right
     if attention_chunk > 0:
-        first = i - i % attention_chunk
+        first = i - (i + start) % attention_chunk
         seen &= (first <= j) & (j < first + attention_chunk)
     return seen
 
@@ -45,6 +50,7 @@ def attention(
     causal: bool = False,
     window_size: Sequence[int] = (-1, -1),
     attention_chunk: int = 0,
+    start: int = 0,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -56,7 +62,7 @@ def attention(
     seqlen_k, nheads_k, headdim_v = v.shape
     if softmax_scale is None:
         softmax_scale = (headdim + (0 if qv is None else headdim_v)) ** -0.5
-    seen = mask(seqlen_q, seqlen_k, causal, window_size, attention_chunk)
+    seen = mask(seqlen_q, seqlen_k, causal, window_size, attention_chunk, start)
     i = torch.arange(seqlen_q)[:, None] + seqlen_k - seqlen_q
     distance = (i - torch.arange(seqlen_k)[None, :]).abs()
 
@@ -169,6 +175,7 @@ def batched(
     seqused_k: Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
+    cache_start: Tensor | None = None,
     page_table: Tensor | None = None,
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
@@ -221,6 +228,7 @@ def batched(
             _descaled(values, v_descale, b),
             qv=None if qv_rows is None else _descaled(qv_rows[rows_q], q_descale, b),
             alibi_slopes=slopes,
+            start=0 if cache_start is None else int(cache_start[b]),
             **arguments,  # type: ignore[arg-type]
         )
         out_rows[rows_q] = o
@@ -291,6 +299,7 @@ def flash_attn_with_kvcache(
     cu_seqlens_k_new: Tensor | None = None,
     rotary_seqlens: Tensor | None = None,
     rotary_interleaved: bool = True,
+    cache_start: Tensor | None = None,
     causal: bool = False,
     window_size: Sequence[int] = (-1, -1),
     attention_chunk: int = 0,
@@ -300,6 +309,8 @@ def flash_attn_with_kvcache(
 ) -> tuple[Tensor, Tensor]:
     """Appends k and v to the caches (in place), rotates, attends."""
     if k is not None and v is not None and cache_seqlens is not None:
+        if rotary_seqlens is None and cache_start is not None:
+            rotary_seqlens = cache_seqlens + cache_start
         if rotary_cos is not None and rotary_sin is not None:
             # Without a causal or local mask every row of q stands at the first new position.
             local = causal or max(window_size) >= 0 or attention_chunk > 0
@@ -338,6 +349,7 @@ def flash_attn_with_kvcache(
         seqused_k=cache_seqlens,
         cache_batch_idx=cache_batch_idx,
         page_table=page_table,
+        cache_start=cache_start,
         causal=causal,
         window_size=window_size,
         attention_chunk=attention_chunk,

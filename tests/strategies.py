@@ -296,6 +296,9 @@ def kvcache_calls(
     call["cache_seqlens"] = cache_seqlens
     if draw(st.booleans()):
         call["cache_leftpad"] = (torch.rand(batch) * (cache_seqlens + 1)).int()
+    dropped = draw(st.sampled_from([0, 0, 40, 3000]))
+    if dropped:
+        call["cache_start"] = lengths(draw, batch, dropped)
 
     seqlen_q = draw(st.integers(0, 20))
     if draw(st.booleans()):
@@ -314,7 +317,7 @@ def kvcache_calls(
 
     if "k" in call and d >= 2 and draw(st.booleans()):
         rotary_dim = 2 * draw(st.integers(1, d // 2))
-        positions = capacity + 20 + 90
+        positions = capacity + 20 + 90 + dropped
         tables = draw(st.sampled_from([dtype, torch.float32]))
         call["rotary_cos"], call["rotary_sin"] = rotary(positions, rotary_dim, tables)
         call["rotary_interleaved"] = draw(st.booleans())
@@ -419,7 +422,8 @@ def hide_pages(call: dict[str, Any]) -> None:
         entry = int(call["cache_batch_idx"][b]) if "cache_batch_idx" in call else b
         first = int(call["cache_leftpad"][b]) if "cache_leftpad" in call else 0
         total = old[b] + new[b]
-        seen = reference.mask(rows, total - first, *masks).any(0).nonzero()[:, 0]
+        start = int(call["cache_start"][b]) if "cache_start" in call else 0
+        seen = reference.mask(rows, total - first, *masks, start).any(0).nonzero()[:, 0]
         at = torch.cat((first + seen, torch.arange(old[b], total)))
         needed[entry, at // call["k_cache"].shape[1]] = True
     call["page_table"][~needed] = -7

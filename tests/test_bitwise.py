@@ -285,7 +285,7 @@ class Cache:
 
     def __init__(self, draw: Any, batch: Several[Sequence]) -> None:
         count, s = len(batch), batch[0]
-        self.leftpad = [0] * count
+        self.leftpad, self.dropped = [0] * count, [0] * count
         if draw(st.integers(0, 3)) == 0:
             self.leftpad = [draw(st.integers(0, 70)) for _ in batch]
         room = (pad + s.seqlen_k for pad, s in zip(self.leftpad, batch, strict=True))
@@ -304,8 +304,15 @@ class Cache:
             memory(draw, (*shape, *x.shape[1:]), x.dtype, any_last=False) for x in (s.k, s.v)
         )
 
+    def drop(self, draw: Any, batch: Several[Sequence]) -> None:
+        """Forgets keys at the start, as far as no row of the batch sees them."""
+        for b, s in enumerate(batch):
+            unseen = int((~s.mask.any(0)).int().cumprod(0).sum())
+            self.dropped[b] = draw(st.integers(0, unseen))
+
     def write(self, b: int, k: Tensor, v: Tensor) -> None:
-        """Keys and values from the start of sequence b."""
+        """Keys and values from the start of sequence b, of which the first may be dropped."""
+        k, v = k[self.dropped[b] :], v[self.dropped[b] :]
         entry: Any = self.entries[b]
         at = self.leftpad[b] + torch.arange(len(k))
         if self.page_size:
@@ -317,7 +324,11 @@ class Cache:
         entries = [self.entries[b] for b in sequences]
         leftpad = [self.leftpad[b] for b in sequences]
         chosen: dict[str, Any] = {"k_cache": self.k, "v_cache": self.v}
-        chosen["cache_seqlens"] = ints(*(a + b for a, b in zip(leftpad, seqlens, strict=True)))
+        dropped = [self.dropped[b] for b in sequences]
+        kept = [n - gone for n, gone in zip(seqlens, dropped, strict=True)]
+        chosen["cache_seqlens"] = ints(*(a + b for a, b in zip(leftpad, kept, strict=True)))
+        if any(dropped):
+            chosen["cache_start"] = ints(*dropped)
         if self.page_size:
             chosen["page_table"] = self.table[entries]
         else:
@@ -456,6 +467,8 @@ class TestForward:
         begins = [max(s.seqlen_q - most, 0) for s in whole]
         batch = [s.rows(begin, s.seqlen_q) for s, begin in zip(whole, begins, strict=True)]
         cache = Cache(data.draw, batch)
+        if data.draw(st.booleans()):
+            cache.drop(data.draw, batch)
         for b, s in enumerate(batch):
             cache.write(b, s.k, s.v)
         rows, arguments = queries(data.draw, batch)

@@ -206,6 +206,8 @@ out with gradients: out must be None where a gradient is needed, got a tensor"""
             "negative length": cached(cache_seqlens=ints(-1, 2)),
             "int length": cached(cache_seqlens=9),
             "leftpad": cached(cache_leftpad=ints(0, 3)),
+            "cache_start": cached(cache_start=ints(0, -1)),
+            "dtype of cache_start": cached(cache_start=torch.zeros(2)),
             "pages of another headdim": paged(k_cache=rand(6, 4, 2, 8)),
             "rank of pages": paged(k_cache=rand(6, 8, 16)),
             "v of other pages": paged(v_cache=rand(5, 4, 2, 16)),
@@ -236,6 +238,8 @@ length past the cache: cache_seqlens[1] must be in [0, 8], got 9
 negative length: cache_seqlens[0] must be in [0, 8], got -1
 int length: cache_seqlens[0] must be in [0, 8], got 9
 leftpad: cache_leftpad[1] must be in [0, 2], got 3
+cache_start: cache_start[1] must be at least 0, got -1
+dtype of cache_start: cache_start must have dtype torch.int32, got torch.float32
 pages of another headdim: k_cache must have shape (num_pages, page_size, nheads_k, 16), got (6, 4, 2, 8)
 rank of pages: k_cache must have shape (num_pages, page_size, nheads_k, 16), got (6, 8, 16) with page_table
 v of other pages: v_cache must have shape (6, 4, 2, headdim_v), got (5, 4, 2, 16)
@@ -259,6 +263,7 @@ two tables: page_table and block_table are the same argument: give one of them, 
             "outgrown": appending(cache_seqlens=ints(6, 2)),
             "negative length": appending(cache_seqlens=ints(2, -1)),
             "leftpad": appending(cache_leftpad=ints(0, 3)),
+            "cache_start": appending(cache_start=ints(0, -1)),
             "cache_batch_idx": appending(cache_batch_idx=ints(0, 7)),
             "falling cu_seqlens_q": appending(
                 q=rand(6, 4, 16), cu_seqlens_q=ints(0, 5, 3), max_seqlen_q=5
@@ -291,6 +296,7 @@ v: v must have shape (2, 3, 2, 16), got (2, 2, 2, 16)
 outgrown: cache_seqlens[0] must leave room for 3 new keys in a cache of 8, got 6
 negative length: cache_seqlens[1] must not be negative, got -1
 leftpad: cache_leftpad[1] must be in [0, 2], got 3
+cache_start: cache_start[1] must be at least 0, got -1
 cache_batch_idx: cache_batch_idx[1] must be in [0, 2), got 7
 falling cu_seqlens_q: cu_seqlens_q must not fall, got 5 followed by 3 at index 1
 falling cu_seqlens_k_new: cache_seqlens[0] must leave room for 5 new keys in a cache of 8, got 5

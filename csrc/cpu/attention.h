@@ -50,11 +50,13 @@ struct Scalars {
 };
 
 // Where the rows of one batch entry lie. Lengths and page ids have been checked against the
-// tensors.
+// tensors. Keys count from position 0 of the sequence, which would lie at k_begin; a cache that has
+// dropped old keys has those from k_first to k_len.
 struct Sequence {
   int64_t q_batch, q_begin, q_len;
   int64_t k_batch, k_begin, k_len;
   const int32_t* pages;  // null unless paged
+  int64_t k_first = 0;
 };
 
 struct KeyRange {
@@ -85,7 +87,7 @@ struct Attention {
   // bottom-right, and both ends grow with i.
   KeyRange visible(const Sequence& s, int64_t i) const {
     const int64_t diagonal = i + s.k_len - s.q_len;
-    int64_t begin = 0, end = s.k_len;
+    int64_t begin = s.k_first, end = s.k_len;
     if (window_right >= 0) end = std::min(end, diagonal + window_right + 1);
     if (window_left >= 0) begin = std::max(begin, diagonal - window_left);
     if (attention_chunk > 0) {

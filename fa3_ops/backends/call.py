@@ -85,6 +85,7 @@ class Attention(Request):
     seqused_k: Tensor | None = None
     cache_batch_idx: Tensor | None = None
     cache_leftpad: Tensor | None = None
+    cache_start: Tensor | None = None
     page_table: Tensor | None = None
     q_descale: Tensor | None = None
     k_descale: Tensor | None = None

@@ -23,7 +23,7 @@ METADATA_DTYPES = (torch.int32, torch.uint8)
 MAX_HEADDIM = 512
 OPTIONAL = (
     *("cu_seqlens_q", "cu_seqlens_k", "seqused_q"),
-    *("cache_batch_idx", "cache_leftpad", "page_table"),
+    *("cache_batch_idx", "cache_leftpad", "cache_start", "page_table"),
 )
 
 
@@ -216,6 +216,7 @@ def attention(
     seqused_k: Tensor | None = None,
     cache_batch_idx: Tensor | None = None,
     cache_leftpad: Tensor | None = None,
+    cache_start: Tensor | None = None,
     page_table: Tensor | None = None,
     q_descale: Tensor | None = None,
     k_descale: Tensor | None = None,
@@ -239,7 +240,7 @@ def attention(
         _narrow(q, k, v, k_name, v_name)
     others = (
         k, v, seqused_k, cu_seqlens_q, cu_seqlens_k, seqused_q, cache_batch_idx, cache_leftpad,
-        page_table,
+        cache_start, page_table,
     )  # fmt: skip
     for t in others:
         if t is not None and t.device != device:
@@ -272,6 +273,7 @@ def attention(
     lengths(seqused_k, batch_size, seqused_k_name)
     lengths(cache_batch_idx, batch_size, "cache_batch_idx")
     lengths(cache_leftpad, batch_size, "cache_leftpad")
+    lengths(cache_start, batch_size, "cache_start")
     if not (q_descale is k_descale is v_descale is scheduler_metadata is None):
         given = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
         same_device(q, given | {"scheduler_metadata": scheduler_metadata})
@@ -525,11 +527,12 @@ def read_after_append(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k_new: Tensor | None,
     seqused_q: Tensor | None,
+    cache_start: Tensor | None,
     window_size: Sequence[int],
     attention_chunk: int,
 ) -> None:
     """The values that the append does not look at, and the attention only after it has written."""
-    if cache_leftpad is page_table is cu_seqlens_q is seqused_q is None:
+    if cache_leftpad is page_table is cu_seqlens_q is seqused_q is cache_start is None:
         return
     seqlens = values(cache_seqlens)
     if seqlens is None:
@@ -540,6 +543,10 @@ def read_after_append(
         for b, (pad, seqlen) in enumerate(zip(pads, seqlens, strict=True)):
             if not 0 <= pad <= seqlen:
                 raise ValueError(f"cache_leftpad[{b}] must be in [0, {seqlen}], got {pad}")
+    starts = values(cache_start)
+    for b, start in enumerate(starts or ()):
+        if start < 0:
+            raise ValueError(f"cache_start[{b}] must be at least 0, got {start}")
     if used is not None:
         for b, (count, most) in enumerate(zip(used, _counts(q, cu_seqlens_q), strict=True)):
             if not 0 <= count <= most:
@@ -556,7 +563,8 @@ def read_after_append(
         position = seqlens[b] - pad + new[b] - rows[b]  # of the first row of q
         seen = max(0, position - window_size[0]) if window_size[0] >= 0 else 0
         if attention_chunk > 0:
-            seen = max(seen, position - position % attention_chunk)
+            offset = (position + (starts[b] if starts else 0)) % attention_chunk
+            seen = max(seen, position - offset)
         if pad + seen >= seqlens[b]:
             continue  # no row sees an old key
         first = (pad + seen) // page_size

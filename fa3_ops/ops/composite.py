@@ -56,11 +56,11 @@ def _append(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     seqused_q: Tensor | None = None,
+    cache_start: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[Any, ...]:
-    """Checks, appends and rotates; returns the arguments of flash_attn_kvcache. Positional, all of
-    it, and without starred parts: to bind so many arguments by name would take a tenth of the
-    shortest call."""
+    """Checks, appends, rotates; returns the arguments of flash_attn_kvcache: positional and without
+    starred parts, because to bind so many by name would take a tenth of the shortest call."""
     batch_size = checks.attention(
         q,
         k_cache,
@@ -75,6 +75,7 @@ def _append(
         seqused_k=cache_seqlens,
         cache_batch_idx=cache_batch_idx,
         cache_leftpad=cache_leftpad,
+        cache_start=cache_start,
         page_table=page_table,
         q_descale=q_descale,
         k_descale=k_descale,
@@ -96,30 +97,28 @@ def _append(
     if k is not None and cache_seqlens is not None:
         # What the append does not take and the attention would refuse after it.
         checks.ints64(
-            window_size=window_size,
-            max_seqlen_q=max_seqlen_q,
-            attention_chunk=attention_chunk,
-            num_splits=num_splits,
-            sm_margin=sm_margin,
-        )
+            window_size=window_size, max_seqlen_q=max_seqlen_q, attention_chunk=attention_chunk,
+            num_splits=num_splits, sm_margin=sm_margin,
+        )  # fmt: skip
         checks.strided(
             *(q, qv, cache_leftpad, cu_seqlens_q, seqused_q, q_descale, k_descale, v_descale),
-            *(scheduler_metadata, alibi_slopes, sinks, out),
+            *(scheduler_metadata, alibi_slopes, sinks, cache_start, out),
         )
         checks.read_after_append(
             *(q, k, k_cache, cache_seqlens, cache_batch_idx, cache_leftpad, page_table),
-            *(cu_seqlens_q, cu_seqlens_k_new, seqused_q, window_size, attention_chunk),
+            *(cu_seqlens_q, cu_seqlens_k_new, seqused_q, cache_start, window_size, attention_chunk),
         )
+        advance = causal or max(window_size) >= 0 or attention_chunk > 0
         q, cache_seqlens = _write(
             *(q, k, v, k_cache, v_cache, cache_seqlens, cache_batch_idx, page_table, cu_seqlens_q),
             *(cu_seqlens_k_new, rotary_cos, rotary_sin, rotary_seqlens, rotary_interleaved),
-            *(k_descale, v_descale, causal or max(window_size) >= 0 or attention_chunk > 0),
+            *(cache_start, k_descale, v_descale, advance),
         )
     return (
         q, k_cache, v_cache, qv, cache_seqlens, cache_batch_idx, cache_leftpad, page_table,
         cu_seqlens_q, max_seqlen_q, seqused_q, q_descale, k_descale, v_descale, softmax_scale,
         causal, window_size, attention_chunk, softcap, scheduler_metadata, num_splits, pack_gqa,
-        sm_margin, alibi_slopes, sinks,
+        sm_margin, alibi_slopes, sinks, cache_start,
     )  # fmt: skip
 
 
@@ -138,6 +137,7 @@ def _write(
     rotary_sin: Tensor | None,
     rotary_seqlens: Tensor | None,
     rotary_interleaved: bool,
+    cache_start: Tensor | None,
     k_descale: Tensor | None,
     v_descale: Tensor | None,
     advance: bool,
@@ -149,6 +149,8 @@ def _write(
             "flash_attn_with_kvcache", q, k, v, rotary_cos, rotary_sin
         )
     if rotary_cos is not None:
+        if rotary_seqlens is None and cache_start is not None:
+            rotary_seqlens = cache_seqlens + cache_start
         tables = (
             rotary_cos,
             rotary_sin,

@@ -165,6 +165,15 @@ def flash_attn_kvcache() -> Iterator[Sample]:
             "num_splits": 2,
         },
     )
+    yield (
+        (rand(3, 2, 4, 16), *cache),
+        {
+            "cache_seqlens": ints(32, 7, 0),
+            "causal": True,
+            "attention_chunk": 8,
+            "cache_start": ints(5, 0, 1030),
+        },
+    )
     pages = (rand(10, 4, 2, 16), rand(10, 4, 2, 16))
     table = ints(3, 7, 1, 0, 9, 2).view(2, 3)
     yield (

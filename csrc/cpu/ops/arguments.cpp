@@ -227,6 +227,7 @@ void AttentionCall::set_sequences(const AttentionArguments& args) {
   const Lengths seqused_q(args.seqused_q, batch, "seqused_q");
   const Lengths seqused_k(args.seqused_k, batch, args.seqused_k_name);
   const Lengths leftpad(args.cache_leftpad, batch, "cache_leftpad");
+  const Lengths cache_start(args.cache_start, batch, "cache_start");
   std::optional<Cache> cache;
   if (!packed_k_) cache.emplace(k_, args.page_table, args.cache_batch_idx, batch);
 
@@ -256,6 +257,12 @@ void AttentionCall::set_sequences(const AttentionArguments& args) {
                 s.k_len, "], got ", leftpad[b]);
       s.k_begin += leftpad[b];
       s.k_len -= leftpad[b];
+    }
+    if (cache_start) {
+      s.k_first = cache_start[b];
+      FA3_CHECK(s.k_first >= 0, "cache_start[", b, "] must be at least 0, got ", s.k_first);
+      s.k_begin -= s.k_first;
+      s.k_len += s.k_first;
     }
     if (s.pages) check_pages(*cache, s);
     sequences_.push_back(s);

@@ -71,7 +71,7 @@ struct Cache {
 struct AttentionArguments {
   Tensor q, k, v;
   MaybeTensor qv, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table, cache_batch_idx,
-      cache_leftpad, q_descale, k_descale, v_descale, alibi_slopes, sinks;
+      cache_leftpad, cache_start, q_descale, k_descale, v_descale, alibi_slopes, sinks;
   std::optional<double> softmax_scale;
   bool causal;
   std::vector<int64_t> window_size;

@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor> flash_attn_kvcache(
     std::optional<double> softmax_scale, bool causal, std::vector<int64_t> window_size,
     int64_t attention_chunk, double softcap, MaybeTensor /*scheduler_metadata*/,
     int64_t /*num_splits*/, std::optional<bool> /*pack_gqa*/, int64_t /*sm_margin*/,
-    MaybeTensor alibi_slopes, MaybeTensor sinks) {
+    MaybeTensor alibi_slopes, MaybeTensor sinks, MaybeTensor cache_start) {
   AttentionArguments args{q, k_cache, v_cache};
   args.qv = qv;
   args.cu_seqlens_q = cu_seqlens_q;
@@ -25,6 +25,7 @@ std::tuple<Tensor, Tensor> flash_attn_kvcache(
   args.page_table = page_table;
   args.cache_batch_idx = cache_batch_idx;
   args.cache_leftpad = cache_leftpad;
+  args.cache_start = cache_start;
   args.q_descale = q_descale;
   args.k_descale = k_descale;
   args.v_descale = v_descale;

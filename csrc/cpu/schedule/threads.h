@@ -21,7 +21,7 @@ inline int64_t choose_threads(const Attention& a) {
   constexpr double kLeastWork = 1 << 18;  // multiplications
   double work = 0;
   for (int64_t b = 0; b < a.batch_size; ++b)
-    work += double(a.sequences[b].q_len) * a.sequences[b].k_len;
+    work += double(a.sequences[b].q_len) * (a.sequences[b].k_len - a.sequences[b].k_first);
   work *= double(a.nheads) * (a.headdim + a.headdim_v);
   return std::clamp<int64_t>(work / kLeastWork, 1, torch::stable::get_num_threads());
 }

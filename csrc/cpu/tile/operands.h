@@ -35,15 +35,19 @@ struct KeyRows {
   KeyRows() = default;
   KeyRows(const Attention& a, const Rows& cache, const Sequence& s, int64_t first, int64_t count)
       : count(count) {
-    int64_t position = s.k_begin + first;
-    even = s.pages == nullptr || (a.page_size % 16 == 0 && position % 16 == 0);
+    const int64_t missing = clamp(s.k_first - first, 0, count);  // the first key stands for them
+    int64_t position = s.k_begin + first + missing;
+    even = missing == 0 && (s.pages == nullptr || (a.page_size % 16 == 0 && position % 16 == 0));
     if (s.pages == nullptr) {
-      for (int64_t j = 0; j < count; ++j) at[j] = cache.at(s.k_batch, position + j, 0);
+      for (int64_t j = 0; j < missing; ++j) at[j] = cache.at(s.k_batch, position, 0);
+      for (int64_t j = missing; j < count; ++j)
+        at[j] = cache.at(s.k_batch, position + j - missing, 0);
       return;
     }
     int64_t page = position / a.page_size;
     position -= page * a.page_size;
-    for (int64_t j = 0; j < count; ++j, ++position) {
+    for (int64_t j = 0; j < missing; ++j) at[j] = cache.at(s.pages[page], position, 0);
+    for (int64_t j = missing; j < count; ++j, ++position) {
       if (position == a.page_size) position = 0, ++page;
       at[j] = cache.at(s.pages[page], position, 0);
     }

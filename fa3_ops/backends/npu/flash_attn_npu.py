@@ -135,9 +135,10 @@ class FlashAttnNpu(Backend[Attention]):
         return reasons + capture_reasons(request, can) if run.capturing else reasons
 
     def is_bitwise(self, request: Attention, run: Run) -> bool:
-        """Of splits and of sinks, which plain torch operators count, docs/npu.md tells."""
+        """Of splits, of cache_start and of sinks, which plain torch operators count, docs/npu.md
+        tells."""
         asked = run.request
-        plain = isinstance(asked, Attention) and asked.sinks is None
+        plain = isinstance(asked, Attention) and asked.sinks is asked.cache_start is None
         return plain and request.num_splits <= 1 and not device.found_kernel().is_950
 
     def lower(self, request: Attention, run: Run) -> Attention:

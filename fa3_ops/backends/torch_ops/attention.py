@@ -188,7 +188,8 @@ def visible(call: Attention, at: Tensor, key: Tensor, seqlens_k: Tensor) -> Tens
     if right >= 0:
         seen = seen & (key <= at + right)
     if call.attention_chunk > 0:
-        first = at.div(call.attention_chunk, rounding_mode="floor") * call.attention_chunk
+        start = 0 if call.cache_start is None else call.cache_start[:, None, None]
+        first = at - (at + start).remainder(call.attention_chunk)
         seen = seen & (first <= key) & (key < first + call.attention_chunk)
     return seen
 

@@ -89,9 +89,10 @@ def rotary_embedding(positions, query, key, head_size, cos_sin_cache, is_neox_st
             and positions.shape[0] == query.shape[0] == key.shape[0],
             "cos_sin_cache must be (positions, head_size)": cos_sin_cache.dim() == 2
             and cos_sin_cache.shape[1] == head_size,
-            "query, key and cos_sin_cache must have one dtype": query.dtype
-            == key.dtype
-            == cos_sin_cache.dtype,
+            "query, key and cos_sin_cache must have one dtype, but that float16 may have a float32"
+            " cos_sin_cache": query.dtype == key.dtype
+            and (query.dtype, cos_sin_cache.dtype)
+            in ((query.dtype, query.dtype), (torch.float16, torch.float32)),
         },
     )
     _on_stream(_rotate_both, positions, query, key, head_size, cos_sin_cache, is_neox_style)

@@ -81,6 +81,23 @@ def test_rotary_embedding(is_neox_style: bool, dtype: torch.dtype) -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rotary_embedding_by_a_table_in_float32(dtype: torch.dtype) -> None:
+    """ATB's high precision, which bfloat16 does not have."""
+    table, positions = torch.randn(6, 16).npu(), torch.tensor([5, 0, 2]).npu()
+    x = torch.randn(3, 32).to(dtype).npu()
+    q, k = x.clone(), x.clone()
+    if dtype == torch.bfloat16:
+        with pytest.raises(RuntimeError, match="float16 may have a float32 cos_sin_cache"):
+            torch_npu._npu_rotary_embedding(positions, q, k, 16, table, True)
+        return
+    torch_npu._npu_rotary_embedding(positions, q, k, 16, table, True)
+    wide = [x.float(), x.float()]
+    torch_npu._npu_rotary_embedding(positions, *wide, 16, table, True)
+    for got, wanted in zip((q, k), wide, strict=True):
+        assert torch.equal(got.cpu(), wanted.cpu().to(dtype))
+
+
 def test_reshape_and_cache() -> None:
     """Strided tokens, a slot that is padding, and everything else as it was."""
     key, value = torch.randn(2, 3, 2, 8).half().unbind()

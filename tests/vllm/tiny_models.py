@@ -85,6 +85,8 @@ def enliven(model: torch.nn.Module) -> None:
                 parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5)
             elif "sinks" in name:
                 parameter.normal_()
+            elif model.config.tie_word_embeddings and "post_" in name:
+                parameter.fill_(2)  # else it says its last token again: what is most like itself
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:

@@ -57,6 +57,26 @@ class SlotMapping:
         return launch
 
 
+def experts(method: object, fused_experts_input: Any) -> Any:
+    """Takes the place of vLLM-Ascend's chain of kernels, which sorts tokens by their experts: each
+    expert works on all tokens, and weighs 0 where it was not chosen."""
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm_ascend.ops.activation import AscendSwigluOAIAndMul
+    from vllm_ascend.ops.fused_moe.moe_comm_method import FusedExpertsResult
+
+    given, weights = fused_experts_input, fused_experts_input.weights
+    if given.activation != MoEActivation.SWIGLUOAI:
+        raise NotImplementedError(f"experts with the activation {given.activation}")
+    out = torch.zeros_like(given.hidden_states)
+    for expert, (w1, b1, w2, b2) in enumerate(
+        zip(weights.w1, weights.w1_bias, weights.w2, weights.w2_bias, strict=True)
+    ):
+        inner = AscendSwigluOAIAndMul.swiglu_oai_forward(given.hidden_states @ w1 + b1)
+        weight = (given.topk_weights * (given.topk_ids == expert)).sum(-1, keepdim=True)
+        out += weight * (inner @ w2 + b2)
+    return FusedExpertsResult(routed_out=out)
+
+
 def name_torchvision() -> None:
     """vLLM-Ascend imports models of images, and those a module of torchvision that only they would
     use. Registries have it for torch with CUDA, where it cannot be loaded beside one without."""
@@ -78,6 +98,14 @@ def install() -> None:
     name_torchvision()
     import vllm_ascend.ops  # before the rest of it, which imports in circles
     import vllm_ascend.worker.block_table
+    from vllm_ascend.device.device_op import A5DeviceAdaptor, DeviceOperator
+    from vllm_ascend.ops.fused_moe import experts_selector
+    from vllm_ascend.ops.fused_moe.moe_comm_method import AllGatherCommImpl
 
     # vLLM-Ascend has no other kernel of this than one in Triton, for triton-ascend's compiler.
     vllm_ascend.worker.block_table._compute_slot_mapping_kernel = SlotMapping()
+    # Built by CANN's compiler for all chips but the 950, whose way is torch_npu's operator.
+    DeviceOperator.npu_gemma_rms_norm = staticmethod(A5DeviceAdaptor.npu_gemma_rms_norm)
+    # For models with experts: vLLM-Ascend's own choice in torch operators, and experts in such.
+    experts_selector.check_npu_moe_gating_top_k = lambda **arguments: False
+    AllGatherCommImpl.fused_experts = experts

@@ -19,33 +19,52 @@ GENERATE = Path(__file__).parent / "generate.py"
 ON_CPU = os.environ.get("FA3NPU_TEST_VLLM")
 RELEASED = {"attention_config": {"backend": "FLASH_ATTN"}}
 OWN: dict[str, Any] = {"attention_config": {"backend": "CUSTOM"}}
-WITH_GRAPHS = {
-    "enforce_eager": False,
-    "compilation_config": {
+
+
+def graphs(mode: str, *sizes: int) -> dict[str, Any]:
+    compilation = {
         "mode": 0,  # the fusions would want more of the emulator
-        "cudagraph_mode": "FULL_DECODE_ONLY",
-        "cudagraph_capture_sizes": [1, 2, 4],
-    },
+        "cudagraph_mode": mode,
+        "cudagraph_capture_sizes": sizes,
+    }
+    return {"enforce_eager": False, "compilation_config": compilation}
+
+
+WITH_GRAPHS = graphs("FULL_DECODE_ONLY", 1, 2, 4)
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 3,
 }
 
 
-def generate(python: str, folder: Path, environment: dict[str, str], **settings: Any) -> Any:
+def generate(
+    python: str, folder: Path, environment: dict[str, str], model: str, **settings: Any
+) -> Any:
     file = folder / "said.json"
     subprocess.run(
-        [python, str(GENERATE), str(file), str(folder / "models"), json.dumps(settings)],
+        [python, str(GENERATE), str(file), model, str(folder / "models"), json.dumps(settings)],
         env=os.environ | environment,
         check=True,
     )
     return json.loads(file.read_text())
 
 
-def on_cpu(folder: Path, dtype: str) -> Any:
+def on_cpu(folder: Path, model: str, dtype: str) -> Any:
     assert ON_CPU is not None, "FA3NPU_TEST_VLLM must name a Python with vLLM for CPU"
     # Not this process's emulator, and vLLM's own attention.
     plain = {"PYTHONPATH": "", "VLLM_PLUGINS": "", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    said = generate(ON_CPU, folder, plain | {"VLLM_BATCH_INVARIANT": "0"}, dtype=dtype)
+    environment = plain | {"VLLM_BATCH_INVARIANT": "0"}
+    said = generate(ON_CPU, folder, environment, model, dtype=dtype)
     assert said["attention"] == ["CPUAttentionBackendImpl"]
     return said
+
+
+def on_npu(folder: Path, model: str, strict: bool, **settings: Any) -> Any:
+    """Strict: no plain torch operator may serve attention."""
+    environment = {"VLLM_PLUGINS": "ascend,fa3_ops", "FA3NPU_STRICT": str(int(strict))}
+    return generate(sys.executable, folder, environment, model, **settings)
 
 
 def first_difference(a: list[int], b: list[int]) -> int:
@@ -53,12 +72,15 @@ def first_difference(a: list[int], b: list[int]) -> int:
 
 
 # Of a tie that rounding decides, and of the log-probabilities before it.
-CLOSE = {"float32": 1e-3, "bfloat16": 0.15}
+CLOSE = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.15}
 
 
 @pytest.fixture(scope="module")
-def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    return functools.cache(lambda dtype: on_cpu(tmp_path_factory.mktemp(dtype), dtype))
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Any]:
+    """What vLLM on CPU says with a model in a dtype."""
+    return functools.cache(
+        lambda model, dtype: on_cpu(tmp_path_factory.mktemp(dtype), model, dtype)
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,18 +94,54 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     ids=["released, float32", "released, bfloat16", "own", "own, graphs"],
 )
 def test_the_tokens_of_vllm_on_cpu(
-    theirs: Callable[[str], Any], dtype: str, impl: str, settings: dict[str, Any], tmp_path: Path
+    theirs: Callable[[str, str], Any],
+    dtype: str,
+    impl: str,
+    settings: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     """bfloat16 is served by the stand-in for flash_attn_npu, float32 by plain torch operators."""
-    environment = {"VLLM_PLUGINS": "ascend,fa3_ops"}
-    if dtype == "bfloat16":
-        environment["FA3NPU_STRICT"] = "1"
-    ours = generate(sys.executable, tmp_path, environment, dtype=dtype, **settings)
+    ours = on_npu(tmp_path, "qwen3", dtype == "bfloat16", dtype=dtype, **settings)
     assert ours["attention"] == [impl]
-    compare(dtype, ours, theirs(dtype))
+    compare(f"qwen3, {dtype}", dtype, ours, theirs("qwen3", dtype))
 
 
-def compare(dtype: str, ours: Any, theirs: Any) -> None:
+@pytest.fixture(scope="module")
+def gemma2(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Windows of 64 tokens in half of the layers, soft-capping in all; graphs where it decodes."""
+    folder = tmp_path_factory.mktemp("gemma2")
+    return on_npu(folder, "gemma2", True, dtype="bfloat16", **OWN | WITH_GRAPHS)
+
+
+def test_windows_and_softcap(theirs: Callable[[str, str], Any], gemma2: Any) -> None:
+    assert gemma2["attention"] == ["Fa3AscendImpl"]
+    compare("gemma2, bfloat16", "bfloat16", gemma2, theirs("gemma2", "bfloat16"))
+
+
+def test_windows_and_sinks(theirs: Callable[[str, str], Any], tmp_path: Path) -> None:
+    """Sinks are served by plain torch operators. In float16: gpt-oss has cosines in float32,
+    by which ATB does not rotate bfloat16."""
+    ours = on_npu(tmp_path, "gpt_oss", strict=False, dtype="float16", **OWN | WITH_GRAPHS)
+    assert ours["attention"] == ["Fa3AscendImpl"]
+    compare("gpt_oss, float16", "float16", ours, theirs("gpt_oss", "float16"))
+
+
+@pytest.mark.parametrize("settings", [{}, graphs("FULL", 1, 2, 4, 8, 16)], ids=["eager", "graphs"])
+def test_speculation(gemma2: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Gemma 2, whose random weights like to say a token again, so that drafts are accepted."""
+    settings = OWN | {"dtype": "bfloat16", "speculative_config": NGRAM} | settings
+    said = on_npu(tmp_path, "gemma2", True, **settings)
+    same = sum(a == b for a, b in zip(said["logprobs"], gemma2["logprobs"], strict=True))
+    print(
+        f"ngram speculation, {said['accepted']} drafted tokens accepted, and none: the same bits"
+        f" {same} of {len(gemma2['logprobs'])}"
+    )
+    assert said["tokens"] == gemma2["tokens"]
+    assert same == len(gemma2["logprobs"])
+    assert said["accepted"] > 0
+
+
+def compare(name: str, dtype: str, ours: Any, theirs: Any) -> None:
     same, off = 0, 0.0
     for a, b, x, y in zip(
         ours["tokens"], theirs["tokens"], ours["logprobs"], theirs["logprobs"], strict=True
@@ -96,7 +154,7 @@ def compare(dtype: str, ours: Any, theirs: Any) -> None:
             p, tokens = x[until], (str(a[until]), str(b[until]))
             assert abs(p[tokens[0]] - p[tokens[1]]) < CLOSE[dtype]
     print(
-        f"{dtype}: {same} of {len(ours['tokens'])} prompts with the tokens of vLLM on CPU;"
+        f"{name}: {same} of {len(ours['tokens'])} prompts with the tokens of vLLM on CPU;"
         f" log-probabilities differ by at most {off:.2g}"
     )
     assert off < CLOSE[dtype]

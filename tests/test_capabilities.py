@@ -10,6 +10,7 @@ import torch
 
 from fa3_ops.backends.npu import capabilities as data
 from fa3_ops.backends.npu.capabilities import Capabilities
+from fa3_ops.backends.npu.flash_attn_npu import FlashAttnNpu
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "npu.md"
 BUILDS = (data.ASCEND_910_BEFORE_0_3, data.ASCEND_910_0_3, data.ASCEND_910, data.ASCEND_950)
@@ -43,6 +44,7 @@ def of_build(can: Capabilities) -> dict[str, str]:
         "windows": windows,
         "softcap": yes(can.softcap),
         "splits, at most": str(can.max_num_splits),
+        "int8 k and v": "yes" if FlashAttnNpu.reads_narrow else "dequantised",
         "graph capture": "with metadata" if can.metadata else "no",
         "backward": yes(can.backward) if can.backward_window else "no windows",
         "ALiBi, `attention_chunk`, qv": "no",
@@ -53,7 +55,12 @@ def of_fused() -> dict[str, str]:
     """What the column of FIA shares with the data."""
     can = data.CANN_8_5
     pages = f"{numbers(can.decode_pages)}, or {numbers(can.prefill_pages)}"
-    return {"dtypes": dtypes(can.dense_dtypes), "page sizes in place": pages}
+    narrow = "one row of q a sequence" if torch.int8 in can.narrow_dtypes else "dequantised"
+    return {
+        "dtypes": dtypes(can.dense_dtypes),
+        "page sizes in place": pages,
+        "int8 k and v": narrow,
+    }
 
 
 def table_below(line: str) -> list[list[str]]:

@@ -3,6 +3,7 @@ VLLM_BATCH_INVARIANT=1: operators torch.ops.batch_invariant_ops.*, there once it
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 
 import torch
@@ -11,6 +12,11 @@ from torch import Tensor
 from fa3_ops.backends.backend import Backend, Run
 from fa3_ops.backends.call import Linear
 from fa3_ops.ops.checks import WIDE
+
+
+@functools.cache
+def is_installed() -> bool:
+    return importlib.util.find_spec("batch_invariant_ops") is not None
 
 
 class BatchInvariantOps(Backend[Linear]):
@@ -22,7 +28,7 @@ class BatchInvariantOps(Backend[Linear]):
         reasons = [] if request.x.dtype in WIDE else [f"dtype {request.x.dtype}"]
         if request.x.shape[-1] == 0:
             reasons.append("there is nothing to sum")
-        if importlib.util.find_spec("batch_invariant_ops") is None:
+        if not is_installed():
             reasons.append("batch_invariant_ops is not installed")
         return reasons
 
@@ -34,6 +40,6 @@ class BatchInvariantOps(Backend[Linear]):
 
         x, weight = request.x, request.weight
         rows = x.reshape(-1, x.shape[-1])
-        out = torch.ops.batch_invariant_ops.npu_mm_batch_invariant(rows, weight.t())
+        out: Tensor = torch.ops.batch_invariant_ops.npu_mm_batch_invariant(rows, weight.t())
         out = out if request.bias is None else out + request.bias
         return out.reshape(*x.shape[:-1], weight.shape[0]).contiguous()

@@ -21,11 +21,11 @@
 FA3NPU_TARGET_BEGIN
 namespace fa3npu::FA3NPU_ISA {
 
-constexpr int64_t kDepthBlock = 512;  // U
-constexpr int64_t kPanel = 96;        // most columns whose sums are kept at a time
+constexpr int64_t kDepthBlock = 512;               // U
+constexpr int64_t kPanel = FA3NPU_AMX ? 128 : 48;  // most columns whose sums are kept at a time
 // Most rows of x that are computed together: a block of their depth stays in a core's cache.
 constexpr int64_t kLinearRows = FA3NPU_AMX ? 512 : 128;
-constexpr int64_t kFewLinearRows = 16;  // so few are computed at the pace of memory
+constexpr int64_t kFewLinearRows = FA3NPU_AMX ? 16 : 4;  // computed at the pace of memory
 
 // A block of the depth: it begins at a number and has a number of U, whole vectors of them.
 template <class U>
@@ -56,7 +56,7 @@ INLINE void put(const char* from, ScalarType dtype, U* row, int64_t i) {  // num
 template <class U>
 void load_numbers(const char* from, const Matrix& m, int64_t n, U* to) {
   int64_t i = 0;
-  with_reader<U>(m.dtype, [&](auto reader) {
+  with_wide_reader<U>(m.dtype, [&](auto reader) {
     for (; i + reader.kElements <= n; i += reader.kElements)
       store(to + i / kDepth<U>, reader.vector(from + i * reader.kBytes));
   });
@@ -79,7 +79,7 @@ INLINE Vec<U> across(const char* from, int64_t col) {
 template <class U>
 void load_across(const Matrix& m, int64_t first, int64_t rows, const DepthBlock<U>& block, U* to) {
   constexpr int64_t L = kLanes<U>;
-  with_reader<U>(m.dtype, [&](auto reader) {
+  with_wide_reader<U>(m.dtype, [&](auto reader) {
     for (int64_t i = 0; i < block.size; i += L)
       for (int64_t r = 0; r < rows; r += L)
         transpose<U>(
@@ -111,17 +111,25 @@ void load_rows(const Matrix& m, int64_t first, int64_t rows, const DepthBlock<U>
   }
 }
 
-// Rows of the weight in memory of their own, or where they lie if products can take them so.
-template <class U>
-Left<U> weight_rows(const Linear& l, int64_t first, int64_t rows, const DepthBlock<U>& block,
-                    bool in_place, U* copy) {
+// Rows of the weight as products read them, in bytes.
+struct WeightRows {
+  const char* at;
+  int64_t row;
+  WeightRows from_row(int64_t r) const { return {at + r * row, row}; }
+};
+
+// f(reader, rows of the weight): where they lie if products can take them so, or in `copy`.
+template <class U, class F>
+INLINE void with_weight(const Linear& l, int64_t first, int64_t rows, const DepthBlock<U>& block,
+                        bool in_place, U* copy, const F& f) {
   const Matrix& w = l.weight;
-  in_place = in_place && w.element * kDepth<U> == sizeof(U) && w.col == w.element &&
-             w.row % sizeof(U) == 0 && block.whole() && (!FA3NPU_AMX || rows % 16 == 0);
-  if (in_place)
-    return {reinterpret_cast<const U*>(w.at(first, block.begin)), w.row / int64_t(sizeof(U)), 1};
+  const bool even = !FA3NPU_AMX || (rows % 16 == 0 && w.row % sizeof(U) == 0);
+  if (in_place && even && w.col == w.element && block.whole() &&
+      with_wide_reader<U>(
+          w.dtype, [&](auto reader) { f(reader, WeightRows{w.at(first, block.begin), w.row}); }))
+    return;
   load_rows<U>(w, first, rows, block, copy);
-  return {copy, kDepthBlock, 1};
+  f(Raw<U>(), WeightRows{reinterpret_cast<const char*>(copy), kDepthBlock * int64_t(sizeof(U))});
 }
 
 // ---- x, arranged for all columns ----
@@ -163,11 +171,12 @@ struct ArrangedX {
 
 #if FA3NPU_AMX
 // sums[weight's row][ld] (+)= products of a block of the depth.
-template <class U>
-void add_block(const Left<U>& weight, int64_t columns, int64_t depth, const ArrangedX<U>& x,
+template <class From, class U>
+void add_block(const WeightRows& weight, int64_t columns, int64_t depth, const ArrangedX<U>& x,
                int64_t k, float* sums, int64_t ld, bool adds) {
+  const Left<U> rows{reinterpret_cast<const U*>(weight.at), weight.row / int64_t(sizeof(U)), 1};
   for (int64_t m = 0; m < x.rows; m += x.group)
-    product<U>(columns, x.group, depth, weight, x.block(k, m), x.group, sums + m, ld, adds);
+    product<U>(columns, x.group, depth, rows, x.block(k, m), x.group, sums + m, ld, adds);
 }
 #else
 // c[i / C][i % C] (+)= the sum of x[i]'s lanes, from i = Done on.
@@ -185,15 +194,20 @@ INLINE void add_lanes(const Vec<T>* x, T* c, int64_t ldc, bool adds) {
 }
 
 // R rows of the weight by C of x.
-template <class U, int R, int C>
-INLINE void add_dots(const Left<U>& weight, int64_t depth, const U* x, Sum<U>* c, int64_t ldc,
+template <class U, class From, int R, int C>
+INLINE void add_dots(const WeightRows& weight, int64_t depth, const U* x, Sum<U>* c, int64_t ldc,
                      bool adds) {
+  constexpr int64_t bytes = From::kBytes * kDepth<U>;  // of the weight for a U
+  // Rows that are converted as they lie are short; the next ones are asked for.
+  constexpr bool ahead = !std::is_same_v<From, Raw<U>> && R > 1;
   Vec<Sum<U>> acc[R * C]{};
   for (int64_t k = 0; k < depth; k += kLanes<U>) {
     Vec<U> b[C];
     for (int j = 0; j < C; ++j) b[j] = vec(x + j * kDepthBlock + k);
     for (int i = 0; i < R; ++i) {
-      Vec<U> a = vec(weight.at + i * weight.row + k);
+      const char* from = weight.at + i * weight.row + k * bytes;
+      if (ahead && k * bytes % 64 == 0) __builtin_prefetch(from + R * weight.row, 0, 2);
+      Vec<U> a = From::vector(from);
       stay(a);
       for (int j = 0; j < C; ++j) acc[i * C + j] = multiply_add(a, b[j], acc[i * C + j]);
     }
@@ -205,8 +219,8 @@ INLINE void add_dots(const Left<U>& weight, int64_t depth, const U* x, Sum<U>* c
 constexpr int64_t kResident = 2 * FA3NPU_ROWS;
 
 // sums[weight's row][ld] (+)= products of a block of the depth.
-template <class U>
-void add_block(const Left<U>& weight, int64_t columns, int64_t depth, const ArrangedX<U>& x,
+template <class From, class U>
+void add_block(const WeightRows& weight, int64_t columns, int64_t depth, const ArrangedX<U>& x,
                int64_t k, Sum<U>* sums, int64_t ld, bool adds) {
   for (int64_t first = 0; first < columns; first += kResident) {
     const int64_t end = least(first + kResident, columns);
@@ -217,9 +231,10 @@ void add_block(const Left<U>& weight, int64_t columns, int64_t depth, const Arra
         const U* at = x.block(k, m);
         int64_t n = first;
         for (; n + FA3NPU_ROWS <= end; n += FA3NPU_ROWS)
-          add_dots<U, FA3NPU_ROWS, C>(weight.from_row(n), depth, at, sums + n * ld + m, ld, adds);
+          add_dots<U, From, FA3NPU_ROWS, C>(weight.from_row(n), depth, at, sums + n * ld + m, ld,
+                                            adds);
         for (; n < end; ++n)
-          add_dots<U, 1, C>(weight.from_row(n), depth, at, sums + n * ld + m, ld, adds);
+          add_dots<U, From, 1, C>(weight.from_row(n), depth, at, sums + n * ld + m, ld, adds);
       }
     };
     all_columns(std::integral_constant<int, FA3NPU_VECTORS>());
@@ -301,8 +316,11 @@ void linear_columns(const Linear& l, Memory arranged, int64_t begin, int64_t end
       const int64_t columns = least(together, count - n);
       for (int64_t k = 0; k < DepthBlock<U>::count(l); ++k) {
         const DepthBlock<U> depth(l, k);
-        const Left<U> weight = weight_rows<U>(l, panel + n, columns, depth, few, own.weight);
-        add_block<U>(weight, columns, depth.size, x, k, own.sums + n * own.ld, own.ld, k > 0);
+        with_weight<U>(l, panel + n, columns, depth, few, own.weight,
+                       [&](auto reader, const WeightRows& weight) {
+                         add_block<decltype(reader)>(weight, columns, depth.size, x, k,
+                                                     own.sums + n * own.ld, own.ld, k > 0);
+                       });
       }
     }
     finish_columns<U>(l, panel, count, own);

@@ -19,12 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fa3_ops.backends import devices
 from fa3_ops.interface import linear
 from fa3_ops.ops.checks import WIDE
 
 __all__ = ["BatchInvariantMode", "Linear", "convert", "linear"]
 
 _DTYPES = (*WIDE, torch.float64)
+_DEVICES = devices.names()
 
 
 class Linear(nn.Linear):
@@ -148,14 +150,15 @@ class BatchInvariantMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        route, devices = _PRODUCTS.get(func), {"cpu", "npu", "meta"}
-        if route is None:
-            route, devices = _ACTIVATIONS.get(func), {"cpu", "meta"}
+        route = _PRODUCTS.get(func) or _ACTIVATIONS.get(func)
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        if route is None or "out" in kwargs or not all(_takes(x, devices) for x in given):
+        if route is None or "out" in kwargs or not all(map(_takes, given)):
+            return func(*args, **kwargs)
+        if func in _ACTIVATIONS and given[0].device.type not in ("cpu", "meta"):
             return func(*args, **kwargs)
         return route(*args, **kwargs)
 
 
-def _takes(x: Tensor, devices: set[str]) -> bool:
-    return x.dtype in _DTYPES and x.device.type in devices and x.layout is torch.strided
+def _takes(x: Tensor) -> bool:
+    has_kernels = x.is_meta or x.device.type in _DEVICES
+    return has_kernels and x.dtype in _DTYPES and x.layout is torch.strided

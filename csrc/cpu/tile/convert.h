@@ -68,13 +68,25 @@ struct FromBFloat16 {
 #endif
   }
 };
+#if FA3NPU_BYTES >= 32
+typedef int16_t Halves __attribute__((vector_size(FA3NPU_BYTES / 2)));
+
+INLINE Vec<float> floats(const Halves& half) {
+#if FA3NPU_AVX512
+  return _mm512_cvtph_ps((__m256i)half);
+#else
+  return _mm256_cvtph_ps((__m128i)half);
+#endif
+}
+#endif
+
 struct FromHalf {
   static constexpr int64_t kElements = kLanes<float>, kBytes = 2;
   INLINE static Vec<float> vector(const char* from) {
-#if FA3NPU_AVX512
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-#elif FA3NPU_BYTES == 32
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#if FA3NPU_BYTES >= 32
+    Halves half;
+    __builtin_memcpy(&half, from, sizeof(half));
+    return floats(half);
 #elif defined(__aarch64__)
     return vcvt_f32_f16(vld1_f16(reinterpret_cast<const float16_t*>(from)));
 #else
@@ -106,6 +118,16 @@ INLINE Vec<Pair> bytes(const char* from) {
 #endif
 }
 
+#if FA3NPU_BYTES >= 32
+INLINE Halves signed_bytes(const char* from) {
+#if FA3NPU_AVX512
+  return (Halves)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  return (Halves)_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#endif
+}
+#endif
+
 // Numbers of 8 bits, which float32 and bfloat16 hold exactly.
 template <class U>
 struct FromInt8 {
@@ -128,14 +150,12 @@ struct FromFloat8 : Float8<Mantissa> {
   using Format = Float8<Mantissa>;
   static constexpr int64_t kElements = kLanes<float>, kBytes = 1;
   INLINE static Vec<float> vector(const char* from) {
-#if FA3NPU_BYTES == 32
+#if FA3NPU_BYTES >= 32
     // By way of float16, which has the exponents of one format, and 2^-8 of the other's numbers.
-    const __m128i code = _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-    if constexpr (Mantissa == 2) return _mm256_cvtph_ps(_mm_slli_epi16(code, 8));
-    const auto all = [](int x) INLINE_LAMBDA { return _mm_set1_epi16(short(x)); };
-    const __m128i half = _mm_and_si128(_mm_slli_epi16(code, 7), all(0xbf80));
-    const __m128i nan = _mm_cmpeq_epi16(_mm_or_si128(half, all(0x8000)), all(0xbf80));
-    return _mm256_cvtph_ps(_mm_or_si128(half, _mm_and_si128(nan, all(0x7c00)))) * 256.0f;
+    const Halves code = signed_bytes(from);
+    if constexpr (Mantissa == 2) return floats(code << 8);
+    const Halves half = (code << 7) & int16_t(0xbf80), nan = half | int16_t(0x7c00);
+    return floats((half | int16_t(0x8000)) == int16_t(0xbf80) ? nan : half) * 256.0f;
 #else
     constexpr float tiny = 1.0f / (1 << -Format::kTiny);
     const Vec<Pair> code = bytes(from), magnitude = code & 0x7f;

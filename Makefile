@@ -210,7 +210,8 @@ SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-n
 	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=build/sanitize
 
 sanitize: build/sanitize
-	@$(SANITIZED) $(BIN)/pytest tests/test_golden.py tests/test_operators.py tests/test_errors.py
+	@$(SANITIZED) $(BIN)/pytest tests/test_golden.py tests/test_linear.py tests/test_operators.py \
+		tests/test_errors.py
 
 fuzz: build/sanitize
 	@$(SANITIZED) $(BIN)/python tests/fuzz.py \

@@ -80,6 +80,8 @@ STABLE_TORCH_LIBRARY(fa3npu, m) {
       "apply_rotary(Tensor x, Tensor rotary_cos, Tensor rotary_sin, Tensor rotary_seqlens, "
       "Tensor? cu_seqlens=None, bool rotary_interleaved=True, bool advance=True) -> Tensor");
 
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
+
   m.def(
       "flash_attn_combine(Tensor out_partial, Tensor lse_partial, ScalarType? out_dtype=None)"
       " -> (Tensor out, Tensor softmax_lse)");

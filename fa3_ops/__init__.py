@@ -14,6 +14,7 @@ from fa3_ops.interface import (
     flash_attn_with_kvcache,
     get_scheduler_metadata,
     kvcache_scatter_,
+    linear,
 )
 from fa3_ops.ops import library
 
@@ -28,6 +29,7 @@ __all__ = [
     "flash_attn_with_kvcache",
     "get_scheduler_metadata",
     "kvcache_scatter_",
+    "linear",
     "use_backend",
 ]
 

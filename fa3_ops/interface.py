@@ -538,6 +538,32 @@ def kvcache_scatter_(
 
 
 @names_arguments
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch.nn.functional.linear whose rows do not depend on each other: x weight^T + bias.
+
+    A row of the result is a function of its row of x, of weight and of bias. On CPU its bits are
+    the same whatever number of rows it is computed with, wherever it lies among them, and whatever
+    the threads, the strides and the alignment; so are those of the gradient of x. Products are
+    summed in float32 (float64 of float64), the bias is added to the sum, and that is rounded once.
+
+    Arguments:
+        x: (..., in_features) float32, float16, bfloat16 or float64.
+        weight: (out_features, in_features) of x's dtype, of any strides.
+        bias: (out_features,) of x's dtype.
+
+    Returns:
+        (..., out_features), contiguous, of x's dtype.
+
+    On NPU the package batch_invariant_ops computes it where it is installed, else PyTorch's linear,
+    which does not promise this (a FallbackWarning).
+    """
+    x, weight, bias = cast_training(x, weight, bias)
+    checks.linear(x, weight, bias)
+    out: Tensor = direct.call(ops.linear, ops.linear.default, (x, weight, bias))
+    return out
+
+
+@names_arguments
 def flash_attn_combine(
     out_partial: Tensor,
     lse_partial: Tensor,

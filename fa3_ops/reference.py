@@ -357,3 +357,9 @@ def flash_attn_with_kvcache(
         v_descale=v_descale,
         **arguments,  # type: ignore[arg-type]
     )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias."""
+    out = torch.einsum("...k,nk->...n", x.double(), weight.double())
+    return out if bias is None else out + bias.double()

@@ -17,6 +17,7 @@ from . import (
     get_scheduler_metadata,
     kvcache_append,
     kvcache_scatter,
+    linear,
     no_gradient,
 )
 
@@ -30,6 +31,7 @@ FAKES: Mapping[str, Callable[..., Any]] = {
     "flash_attn_kvcache.out": flash_attn_kvcache.flash_attn_kvcache_out,
     "kvcache_append_": kvcache_append.kvcache_append_,
     "kvcache_scatter_": kvcache_scatter.kvcache_scatter_,
+    "linear": linear.linear,
     "apply_rotary": apply_rotary.apply_rotary,
     "flash_attn_combine": flash_attn_combine.flash_attn_combine,
     "get_scheduler_metadata": get_scheduler_metadata.get_scheduler_metadata,

@@ -20,7 +20,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def digest() -> str:
-    """Of outputs, softmax_lse and gradients: of many rows and of few, of several chunks of keys."""
+    """Of outputs, softmax_lse and gradients: of many rows and of few, of several chunks of keys;
+    and of linear's results, of several blocks of the depth."""
     sums = hashlib.sha256()
     for dtype in DTYPES:
         for d in (1, 8, 72):
@@ -35,7 +36,8 @@ def digest() -> str:
                 outputs = fa3_ops.flash_attn_func(q, k, v, **call, return_attn_probs=True)
                 grads = torch.autograd.grad(outputs[0].sum(), inputs)
                 few = fa3_ops.flash_attn_func(q[:, -3:], k, v, **call)
-                for x in (*outputs, *grads, few):
+                product = fa3_ops.linear(k.flatten(0, 2).mT, v.flatten(0, 2).mT)
+                for x in (*outputs, *grads, few, product):
                     sums.update(x.detach().contiguous().view(torch.uint8).numpy().tobytes())
     return sums.hexdigest()[:16]
 

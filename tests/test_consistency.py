@@ -12,7 +12,6 @@ import torch
 import fa3_ops
 from fa3_ops import __main__
 from fa3_ops.tools import consistency
-from fa3_ops.tools.consistency.batches import backward
 from fa3_ops.tools.consistency.case import Case, Setting
 from fa3_ops.tools.consistency.comparisons import COMPARISONS, Comparison
 from fa3_ops.tools.consistency.outcome import Outcome, run
@@ -36,11 +35,8 @@ def test_every_comparison_computes_something_of_its_own(comparison: Comparison) 
     case = Case(SMALL)
     case.expected = [(torch.zeros_like(out), lse) for out, lse in case.expected]
     outcome = run(comparison, case)
-    if comparison.function is backward:
-        assert outcome.held  # of gradients, both sides are computed
-    else:
-        assert not outcome.held
-        assert outcome.differing > 0
+    assert outcome.held == (not comparison.of_attention)
+    assert (outcome.differing > 0) == comparison.of_attention
 
 
 def small(device: str, dtypes: Any = None) -> list[Setting]:
@@ -69,7 +65,7 @@ def test_a_broken_operator_is_reported(
 ) -> None:
     monkeypatch.setattr(consistency, "settings", small)
     assert __main__.main(["consistency", "--device", "cpu"]) == 0
-    assert "14 held" in capsys.readouterr().out
+    assert "15 held" in capsys.readouterr().out
 
     monkeypatch.setattr(fa3_ops, "flash_attn_varlen_func", broken(fa3_ops.flash_attn_varlen_func))
     assert __main__.main(["consistency", "--device", "cpu"]) == 1
@@ -79,7 +75,7 @@ def test_a_broken_operator_is_reported(
     assert "by at most 9.8e-04" in rows["alone or in any batch"]
     assert "| held | - | cpu |" in rows["decode token by token"]
     assert "alone or in any batch (float32, headdim 16, causal): NOT HELD" in printed
-    assert "10 held, 4 did not hold" in printed
+    assert "11 held, 4 did not hold" in printed
 
 
 def test_an_exception_becomes_a_line(
@@ -146,3 +142,11 @@ def test_threads_are_given_back() -> None:
     before = torch.get_num_threads()
     assert run(next(c for c in COMPARISONS if "threads" in c.name), Case(SMALL)).held
     assert torch.get_num_threads() == before
+
+
+def test_a_linear_of_another_order_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    (comparison,) = (c for c in COMPARISONS if "linear" in c.name)
+    monkeypatch.setattr(fa3_ops, "linear", torch.nn.functional.linear)
+    monkeypatch.setattr(Case, "call", lambda self, f, *arguments: f(*arguments))
+    outcome = run(comparison, Case(Setting("cpu", torch.float32, 64)))
+    assert outcome.differing > 0

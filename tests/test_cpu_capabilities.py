@@ -15,7 +15,7 @@ from processes import python
 import fa3_ops  # noqa: F401
 
 HERE = Path(__file__).parent
-FILES = ("test_bitwise", "test_consistency", "test_operators", "test_golden")
+FILES = ("test_bitwise", "test_consistency", "test_linear", "test_operators", "test_golden")
 CAPABILITY = "import torch, fa3_ops; print(torch.ops.fa3npu.cpu_capability())"
 
 

@@ -76,7 +76,7 @@ def test_report_on_cpu(golden: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "- built-in, float16: 13 of 13 right, served by cpu (13)" in lines
     assert any(line.startswith("- gradients, bfloat16: right (") for line in lines)
     assert "- opcheck: 2 of 2 right" in lines
-    assert "- summary: bitwise contract on cpu: 14 held" in lines
+    assert "- summary: bitwise contract on cpu: 15 held" in lines
     assert lines[-1] == "**Verdict: all right on cpu; calls served by cpu (30)**"
 
 

@@ -260,6 +260,28 @@ class Scatter(Request):
 
 
 @dataclass(frozen=True, eq=False)
+class Linear(Request):
+    """x (..., in_features) times the transpose of weight (out_features, in_features), plus bias."""
+
+    served: ClassVar[str | None] = "linear served"
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    @property
+    def is_empty(self) -> bool:
+        return 0 in (*self.x.shape[:-1], self.weight.shape[0])
+
+    def empty_results(self) -> Tensor:
+        return self.x.new_empty((*self.x.shape[:-1], self.weight.shape[0]))
+
+
+@dataclass(frozen=True, eq=False)
 class Rotation(Request):
     """Rows of q or k to be rotated."""
 
@@ -322,7 +344,7 @@ class Plan(Request):
         return self.cache_seqlens.device
 
 
-KINDS = (Append, Attention, Combination, Gradient, Plan, Rotation, Scatter)
+KINDS = (Append, Attention, Combination, Gradient, Linear, Plan, Rotation, Scatter)
 _REQUESTS: Mapping[str, Callable[[Any, Mapping[str, Any]], Request]] = {
     "flash_attn_func": Attention.of,
     "flash_attn_func_backward": Gradient.of,
@@ -331,6 +353,7 @@ _REQUESTS: Mapping[str, Callable[[Any, Mapping[str, Any]], Request]] = {
     "flash_attn_kvcache": functools.partial(Attention.of, is_cache=True),
     "kvcache_append_": Append.of,
     "kvcache_scatter_": Scatter.of,
+    "linear": Linear.of,
     "apply_rotary": Rotation.of,
     "flash_attn_combine": Combination.of,
     "get_scheduler_metadata": Plan.of,

@@ -65,6 +65,11 @@ def of(device: torch.device) -> Device:
     return _devices.get(device.type) or Device(device.type)
 
 
+def names() -> list[str]:
+    """The types of those that were added."""
+    return list(_devices)
+
+
 def named(device_type: str) -> Device:
     """One that was added."""
     if device_type not in _devices:

@@ -37,6 +37,7 @@ def operators() -> list[Any]:
         ops.flash_attn_kvcache.out,
         ops.kvcache_append_.default,
         ops.kvcache_scatter_.default,
+        ops.linear.default,
         ops.apply_rotary.default,
         ops.flash_attn_combine.default,
         ops.get_scheduler_metadata.default,

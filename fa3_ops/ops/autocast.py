@@ -72,6 +72,7 @@ def register() -> None:
             (ops.flash_attn_varlen_func.out, training, None),
             (ops.flash_attn_kvcache.default, ("q", "qv"), "k_cache"),
             (ops.flash_attn_kvcache.out, ("q", "qv"), "k_cache"),
+            (ops.linear.default, ("x", "weight", "bias"), None),
             (ops.flash_attn_with_kvcache.default, appended, "k_cache"),
             (ops.flash_attn_with_kvcache.out, appended, "k_cache"),
         ):

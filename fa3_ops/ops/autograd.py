@@ -229,6 +229,29 @@ def differentiable(op: Any, backward_op: Any) -> type[Recorded]:
     return Gradient
 
 
+# ---- linear ------------------------------------------------------------------------------------
+
+
+class LinearGradient(Recorded):
+    """Its gradients are the operator's own results, so that a row of x's depends on its row alone,
+    and that they have gradients in turn."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, x: Tensor, weight: Tensor, *bias: Tensor | None) -> Tensor:
+        out: Tensor = run(x, weight, *bias)
+        ctx.save_for_backward(x, weight)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        _, needs_x, needs_weight, *needs_bias = ctx.needs_input_grad
+        rows = dout.reshape(-1, dout.shape[-1])
+        dx = ops.linear(dout, weight.t()) if needs_x else None
+        dweight = ops.linear(rows.t(), x.reshape(-1, x.shape[-1]).t()) if needs_weight else None
+        return None, dx, dweight, *(rows.sum(0) if needed else None for needed in needs_bias)
+
+
 def register() -> None:
     implement(ops.no_gradient.default, _raise, "CompositeExplicitAutograd")
     for op, backward_op in (
@@ -236,6 +259,7 @@ def register() -> None:
         (ops.flash_attn_varlen_func.default, ops.flash_attn_varlen_func_backward.default),
     ):
         record(op, differentiable(op, backward_op))
+    record(ops.linear.default, LinearGradient)
     for op in (
         ops.flash_attn_func_backward.default,
         ops.flash_attn_varlen_func_backward.default,

@@ -592,3 +592,18 @@ def _all_pages(page_table: Tensor, num_pages: int) -> bool:
         ids = page_table.flatten().tolist() or [0]
         lowest, highest = min(ids), max(ids)
     return lowest >= 0 and highest < num_pages
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.dtype not in (*WIDE, torch.float64):
+        names = ", ".join(map(str, (*WIDE, torch.float64)))
+        raise TypeError(f"x must have one of the dtypes {names}, got {x.dtype}")
+    strided(x, weight, bias)
+    same_device(x, {"weight": weight, "bias": bias}, "x")
+    if x.dim() == 0:
+        raise ValueError("x must have shape (..., in_features), got ()")
+    out_features = shape(weight, ("out_features", x.shape[-1]), "weight")[0]
+    dtype(weight, x.dtype, "weight", " like x")
+    if bias is not None:
+        shape(bias, (out_features,), "bias")
+        dtype(bias, x.dtype, "bias", " like x")

@@ -52,6 +52,10 @@ def _backward(a: dict[str, Any]) -> int:
     return 2 * _pairs(a) * int(q.shape[-2] * (3 * q.shape[-1] + 2 * v.shape[-1]))
 
 
+def _linear(a: dict[str, Any]) -> int:
+    return 2 * int(a["x"].numel()) * int(a["weight"].shape[0])
+
+
 def _count(packet: Any, formula: Callable[[dict[str, Any]], int]) -> None:
     def flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
         a = bind(packet.default, args, kwargs)
@@ -64,5 +68,6 @@ def register() -> None:
     _count(ops.flash_attn_func, _forward)
     _count(ops.flash_attn_varlen_func, _forward)
     _count(ops.flash_attn_kvcache, _forward)
+    _count(ops.linear, _linear)
     _count(ops.flash_attn_func_backward, _backward)
     _count(ops.flash_attn_varlen_func_backward, _backward)

@@ -52,6 +52,14 @@ def _loop(op: Any, info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, 
     return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
 
+def _linear(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+    """Entries that share weight and bias are rows of one x."""
+    (x, *shared), (x_dim, *others) = args, in_dims
+    if x_dim is None or any(dim is not None for dim in others):
+        return _loop(ops.linear, info, in_dims, args)
+    return ops.linear(x.movedim(x_dim, 0), *shared), 0
+
+
 def _map(op: Any) -> None:
     names, written = signature(op).names, signature(op).written
     folds = name_of(op) in ("flash_attn_func", "flash_attn_func_backward")
@@ -79,6 +87,7 @@ def _refuse(op: Any) -> None:
 def register() -> None:
     _refuse(ops.flash_attn_varlen_func.out)
     _refuse(ops.flash_attn_kvcache.out)
+    torch.library.register_vmap(ops.linear.default, _linear)
     for op in (
         ops.flash_attn_func.default,
         ops.flash_attn_func_backward.default,

@@ -278,6 +278,16 @@ def narrow_caches(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.zeros(2, 10, 2, 16, dtype=dtype), torch.zeros(2, 10, 2, 8, dtype=dtype)
 
 
+def linear() -> Iterator[Sample]:
+    yield (rand(5, 3, 24), rand(7, 24), rand(7)), {}
+    yield (rand(24, 6).t(), rand(24, 40).t()), {}
+    yield (
+        (rand(3, 16).requires_grad_(), rand(20, 16).requires_grad_(), rand(20).requires_grad_()),
+        {},
+    )
+    yield (rand(16).half(), rand(4, 16).half()), {}
+
+
 def apply_rotary() -> Iterator[Sample]:
     cos, sin = rotary(32, 8)
     yield (rand(2, 3, 4, 16), cos, sin, ints(0, 20)), {}
@@ -305,6 +315,7 @@ SAMPLES: dict[torch._ops.OpOverload, Callable[[], Iterator[Sample]]] = {
     ops.flash_attn_kvcache.out: flash_attn_kvcache_out,
     ops.kvcache_append_.default: kvcache_append_,
     ops.kvcache_scatter_.default: kvcache_scatter_,
+    ops.linear.default: linear,
     ops.apply_rotary.default: apply_rotary,
     ops.flash_attn_combine.default: flash_attn_combine,
     ops.get_scheduler_metadata.default: get_scheduler_metadata,

@@ -222,6 +222,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "Pad": pad,
     "Fill": lambda op, dims, value: torch.full(ints(dims), value.item(), dtype=value.dtype),
     "SearchSorted": search_sorted,
+    "MatMul": lambda op, x, y, *_: x @ (y.mT if op.attr["transpose_x2"].b else y),
     "Sigmoid": lambda op, x: x.sigmoid(),
     "Log1p": lambda op, x: x.log1p(),
     "Exp": lambda op, x: x.exp(),

@@ -3,7 +3,11 @@ them. Strides, poisoned memory and odd sizes as on CPU."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -37,6 +41,8 @@ from torch import Tensor
 
 import fa3_ops
 from fa3_ops import reference
+from fa3_ops.backends import fallback
+from fa3_ops.backends.npu.batch_invariant_ops import is_installed
 
 pytestmark = pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
 HALF = torch.float16
@@ -107,6 +113,84 @@ class TestKvcacheScatter:
         fa3_ops.kvcache_scatter_(k.npu(), v.npu(), *got, slots.npu())
         caches[0, 0, 1], caches[1, 0, 1] = k[1], v[1]
         assert torch.equal(got.cpu(), caches)
+
+
+@pytest.fixture
+def batch_invariant_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Ascend's package as vLLM-Ascend's source calls it, and what it is called with."""
+    called: list[tuple[Tensor, Tensor]] = []
+
+    def mm(x: Tensor, y: Tensor) -> Tensor:
+        called.append((x, y))
+        return torch.mm(x, y)
+
+    library = torch.library.Library("batch_invariant_ops", "DEF")
+    library.define("npu_mm_batch_invariant(Tensor self, Tensor mat2) -> Tensor")
+    library.impl("npu_mm_batch_invariant", mm, "PrivateUse1")
+    module = ModuleType("batch_invariant_ops")
+    module.__spec__ = ModuleSpec("batch_invariant_ops", None)
+    monkeypatch.setitem(sys.modules, "batch_invariant_ops", module)
+    is_installed.cache_clear()
+    yield called
+    is_installed.cache_clear()
+    library._destroy()
+
+
+class TestLinear:
+    def given(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        shapes = {"x": (2, 3, 32), "weight": (7, 32), "bias": (7,)}
+        return {name: rand(*shape, dtype=dtype) for name, shape in shapes.items()}
+
+    def check(self, out: Tensor, call: dict[str, Tensor]) -> None:
+        assert out.device.type == "npu"
+        assert out.is_contiguous()
+        assert out.dtype == call["x"].dtype
+        torch.testing.assert_close(
+            out.cpu().double(), reference.linear(**call), rtol=1e-2, atol=1e-2
+        )
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+    def test_without_the_package(self, dtype: torch.dtype) -> None:
+        call = self.given(dtype)
+        explained = fa3_ops.explain(fa3_ops.linear, **to_npu(call))
+        assert (explained.backend, explained.bitwise) == ("torch", False)
+        assert "batch_invariant_ops is not installed" in str(explained)
+        fallback._warned.clear()
+        with pytest.warns(fa3_ops.FallbackWarning, match="linear served by torch, because batch"):
+            self.check(fa3_ops.linear(**to_npu(call)), call)
+
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_with_the_package(
+        self, batch_invariant_ops: list[tuple[Tensor, Tensor]], bias: bool
+    ) -> None:
+        call = self.given(torch.bfloat16)
+        call = call if bias else call | {"bias": None}
+        explained = fa3_ops.explain(fa3_ops.linear, **to_npu(call))
+        assert (explained.backend, explained.bitwise) == ("batch_invariant_ops", True)
+        assert not batch_invariant_ops
+        self.check(fa3_ops.linear(**to_npu(call)), call)
+        assert [(x.shape, y.shape) for x, y in batch_invariant_ops] == [((6, 32), (32, 7))]
+
+    def test_what_the_package_does_not_serve(
+        self, batch_invariant_ops: list[tuple[Tensor, Tensor]]
+    ) -> None:
+        call = to_npu(self.given())
+        empty = {"x": call["x"][..., :0], "weight": call["weight"][:, :0]}
+        assert fa3_ops.explain(fa3_ops.linear, **empty).backend == "torch"
+        assert torch.equal(fa3_ops.linear(**empty).cpu(), torch.zeros(2, 3, 7))
+        none = {"x": call["x"][:0], "weight": call["weight"]}
+        assert fa3_ops.linear(**none).shape == (0, 3, 7)
+        assert not batch_invariant_ops
+
+    def test_gradients(self) -> None:
+        call = {name: x.npu().requires_grad_() for name, x in self.given().items()}
+        fa3_ops.linear(**call).square().sum().backward()
+        plain = {name: x.detach().cpu().double().requires_grad_() for name, x in call.items()}
+        reference.linear(**plain).square().sum().backward()
+        for name, x in call.items():
+            torch.testing.assert_close(
+                x.grad.cpu().double(), plain[name].grad, rtol=1e-2, atol=5e-2
+            )
 
 
 def apart(x: Any) -> Any:

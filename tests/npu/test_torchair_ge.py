@@ -450,6 +450,15 @@ def test_scatter(graphs: list[Interpreter], tokens: int, dtype: torch.dtype) -> 
     assert COPIES.isdisjoint(graphs[0].types())
 
 
+@pytest.mark.parametrize("bias", [None, rand(40)], ids=["", "bias"])
+@pytest.mark.parametrize("shape", [(3, 5, 64), (7, 64), (64,)], ids=str)
+def test_linear(graphs: list[Interpreter], shape: tuple[int, ...], bias: Tensor | None) -> None:
+    x, weight = rand(*shape), rand(40, 64)
+    given = (x, weight) if bias is None else (x, weight, bias.to(x.dtype))
+    out = compiled(ops.linear)(*(t.npu() for t in given))
+    torch.testing.assert_close(out.cpu(), ops.linear(*given), atol=2e-2, rtol=2e-3)
+
+
 @pytest.mark.parametrize("of_one_base", [False, True])
 def test_caches_that_are_views(of_one_base: bool, graphs: list[Interpreter]) -> None:
     """Cut before the compiled function, as serving code does."""

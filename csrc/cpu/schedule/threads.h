@@ -1,4 +1,4 @@
-// How an attention call is spread over threads, and their memory.
+// How a call is spread over threads, and their memory.
 
 #pragma once
 
@@ -17,13 +17,16 @@
 namespace fa3npu {
 
 // As many threads as have at least some microseconds of work each.
+inline int64_t choose_threads(double multiplications) {
+  constexpr double kLeastWork = 1 << 18;
+  return std::clamp<int64_t>(multiplications / kLeastWork, 1, torch::stable::get_num_threads());
+}
+
 inline int64_t choose_threads(const Attention& a) {
-  constexpr double kLeastWork = 1 << 18;  // multiplications
   double work = 0;
   for (int64_t b = 0; b < a.batch_size; ++b)
     work += double(a.sequences[b].q_len) * (a.sequences[b].k_len - a.sequences[b].k_first);
-  work *= double(a.nheads) * (a.headdim + a.headdim_v);
-  return std::clamp<int64_t>(work / kLeastWork, 1, torch::stable::get_num_threads());
+  return choose_threads(work * a.nheads * (a.headdim + a.headdim_v));
 }
 
 // Memory that only grows; what it held is lost then.

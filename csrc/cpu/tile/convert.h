@@ -224,6 +224,17 @@ struct FromFloat8<Pair, Mantissa> : Float8<Mantissa> {
 };
 #endif
 
+// f(the reader of a dtype of 16 bits or more), if there is one.
+template <class U, class F>
+INLINE bool with_wide_reader(ScalarType dtype, const F& f) {
+  if constexpr (std::is_same_v<U, float>) {
+    if (dtype == ScalarType::BFloat16) return f(FromBFloat16()), true;
+    if (dtype == ScalarType::Half) return f(FromHalf()), true;
+    if (dtype != ScalarType::Float) return false;
+  }
+  return f(Raw<U>()), true;
+}
+
 // f(the reader of a cache's dtype), if there is one.
 template <class U, class F>
 INLINE bool with_reader(ScalarType dtype, const F& f) {
@@ -232,12 +243,7 @@ INLINE bool with_reader(ScalarType dtype, const F& f) {
     if (dtype == ScalarType::Float8_e5m2) return f(FromFloat8<U, 2>()), true;
     if (dtype == ScalarType::Char) return f(FromInt8<U>()), true;
   }
-  if constexpr (std::is_same_v<U, float>) {
-    if (dtype == ScalarType::BFloat16) return f(FromBFloat16()), true;
-    if (dtype == ScalarType::Half) return f(FromHalf()), true;
-    if (dtype != ScalarType::Float) return false;
-  }
-  return f(Raw<U>()), true;
+  return with_wide_reader<U>(dtype, f);
 }
 
 // A NaN of the caller's float32, with bits that rounding to bfloat16 keeps.
@@ -303,6 +309,11 @@ void store_row(const T* from, T scale, ScalarType dtype, int64_t n, char* to) {
         for (; i + 16 <= n; i += 16)
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(half + i),
                               _mm512_cvtps_ph(vec(from + i) * scale, _MM_FROUND_TO_NEAREST_INT));
+#elif FA3NPU_BYTES == 32
+      if constexpr (sizeof(T) == 4)
+        for (; i + 8 <= n; i += 8)
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(half + i),
+                           _mm256_cvtps_ph(vec(from + i) * scale, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__aarch64__)
       if constexpr (sizeof(T) == 4)
         for (; i + 4 <= n; i += 4)

@@ -11,6 +11,7 @@
 #include "cpu/tile/forward.h"
 #include "cpu/tile/isa.h"
 #include "cpu/tile/kernels.h"
+#include "cpu/tile/linear.h"
 #include "cpu/tile/quantise.h"
 
 namespace fa3npu::FA3NPU_ISA {
@@ -19,7 +20,8 @@ template <class U>
 constexpr Kernels kKernels = {state_bytes<Sum<U>>, forward_bytes<U>, backward_bytes<U>,
                               dq_bytes<U>,         forward_chunk<U>, empty_state<Sum<U>>,
                               merge_state<Sum<U>>, finish<Sum<U>>,   backward_delta<U>,
-                              backward_keys<U>};
+                              backward_keys<U>,    kLinearRows,      arranged_bytes<U>,
+                              linear_bytes<U>,     arrange_x<U>,     linear_columns<U>};
 
 }  // namespace fa3npu::FA3NPU_ISA
 

@@ -82,11 +82,14 @@ const InstructionSet& chosen() {
 }  // namespace
 
 const Kernels& kernels(const Attention& a) {
-  if (a.is_double()) return *chosen().float64;
   // A qv's product has another descale than q's: q and qv take them, which are float32 then.
   const bool own_scales = a.qv.data != nullptr && is_narrow(a.k.dtype);
-  const bool pairs = a.q.dtype == ScalarType::BFloat16 && !own_scales;
-  return pairs ? *chosen().bfloat16 : *chosen().float32;
+  return kernels(own_scales ? ScalarType::Float : a.q.dtype);
+}
+
+const Kernels& kernels(ScalarType dtype) {
+  if (dtype == ScalarType::Double) return *chosen().float64;
+  return dtype == ScalarType::BFloat16 ? *chosen().bfloat16 : *chosen().float32;
 }
 
 Quantise quantise_kernel() { return chosen().quantise; }

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/attention.h"
+#include "cpu/linear.h"
 #include "cpu/tile/baseline.h"
 
 namespace fa3npu {
@@ -54,6 +55,13 @@ struct Kernels {
   void (*backward_delta)(const Attention& a, int64_t sequence, int64_t begin, int64_t end,
                          Memory scratch);
   void (*backward_keys)(const Attention& a, const KeyTask& task, Memory scratch);
+
+  int64_t linear_rows;                         // most rows of x in the following's calls
+  int64_t (*arranged_bytes)(const Linear& l);  // of all rows of x
+  int64_t (*linear_bytes)(const Linear& l);    // of both functions' scratch
+  // Some rows of x, from `first` on, as linear_columns takes them.
+  void (*arrange_x)(const Linear& l, int64_t first, Memory x, Memory scratch);
+  void (*linear_columns)(const Linear& l, Memory x, int64_t begin, int64_t end, Memory scratch);
 };
 
 // One head vector of 16 or 32 bits as a narrow cache has it, see quantise.h.
@@ -75,6 +83,7 @@ extern const InstructionSet kPortable;
 
 // For a call, of the best set that this machine runs or the one FA3NPU_CPU_CAPABILITY names.
 const Kernels& kernels(const Attention& a);
+const Kernels& kernels(ScalarType dtype);
 Quantise quantise_kernel();
 std::string cpu_capability();    // that set
 std::string cpu_capabilities();  // all that this machine runs, best first

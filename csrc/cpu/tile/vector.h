@@ -63,6 +63,16 @@ INLINE void store(T* to, const Vec<T>& x) {
   *reinterpret_cast<Unaligned*>(to) = x;
 }
 
+// Loaded once: a compiler may load it again for every multiplication.
+template <class V>
+INLINE void stay(V& x) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#endif
+}
+
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -228,26 +238,43 @@ struct Swaps {
   }
 };
 
-template <class U, int Half>
-INLINE void swap_quarters(Vec<U>* x) {
+template <int Half, class U>
+INLINE void swap_quarters(Vec<U>& x, Vec<U>& y) {
   typedef std::conditional_t<sizeof(U) == 4, int32_t, int64_t> Index;
   static constexpr Swaps<U, Index> swaps(Half);
-  const __m512i first = _mm512_load_si512(swaps.first), second = _mm512_load_si512(swaps.second);
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes<U>; ++i) {
-    if (i & Half) continue;
-    const Vec<U> a = x[i], b = x[i + Half];
-    x[i] = lanes_of(a, b, first);
-    x[i + Half] = lanes_of(a, b, second);
+  const Vec<U> a = x, b = y;
+  x = lanes_of(a, b, _mm512_load_si512(swaps.first));
+  y = lanes_of(a, b, _mm512_load_si512(swaps.second));
+}
+#elif FA3NPU_BYTES == 32
+template <int Half, class U>
+INLINE void swap_quarters(Vec<U>& x, Vec<U>& y) {
+  const Vec<U> a = x, b = y;
+  if constexpr (Half * sizeof(U) == 16) {
+    x = (Vec<U>)_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x20);
+    y = (Vec<U>)_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x31);
+  } else if constexpr (Half * sizeof(U) == 8) {
+    x = (Vec<U>)_mm256_unpacklo_pd((__m256d)a, (__m256d)b);
+    y = (Vec<U>)_mm256_unpackhi_pd((__m256d)a, (__m256d)b);
+  } else {
+    x = _mm256_blend_ps(a, _mm256_moveldup_ps(b), 0xaa);
+    y = _mm256_blend_ps(_mm256_movehdup_ps(a), b, 0xaa);
   }
+}
+#endif
+
+#if FA3NPU_BYTES >= 32
+template <class U, int Half>
+INLINE void swap_all(Vec<U>* x) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<U>; ++i)
+    if (!(i & Half)) swap_quarters<Half, U>(x[i], x[i + Half]);
+  if constexpr (Half > 1) swap_all<U, Half / 2>(x);
 }
 
 template <class U>
 INLINE void transpose_square(Vec<U>* x) {
-  if constexpr (kLanes<U> == 16) swap_quarters<U, 8>(x);
-  swap_quarters<U, 4>(x);
-  swap_quarters<U, 2>(x);
-  swap_quarters<U, 1>(x);
+  swap_all<U, kLanes<U> / 2>(x);
 }
 #else
 template <class U>
@@ -258,6 +285,7 @@ INLINE void transpose_square(Vec<U>* x) {
     for (int j = 0; j < L; ++j) y[j][i] = x[i][j];
   for (int i = 0; i < L; ++i) x[i] = y[i];
 }
+#endif
 
 #if FA3NPU_BYTES == 32
 // Both halves of four rows, each on its own.
@@ -284,7 +312,6 @@ INLINE void transpose_square<float>(Vec<float>* x) {
   for (int i = 0; i < 8; ++i) x[i] = y[i];
 }
 #endif
-#endif
 
 // Rows load(0), load(1), ... become the columns of `to`.
 template <class U, class Load>
@@ -298,29 +325,50 @@ INLINE void transpose(const Load& load, U* to, int64_t ld) {
   for (int i = 0; i < L; ++i) store(to + i * ld, x[i]);
 }
 
-// ---- reductions: lane i of the result is of all lanes of x[i], in a fixed tree ----
+// ---- reductions: of all lanes of x[i], in a fixed tree that begins with lanes half a vector
+// apart; of N vectors, a power of two, the results lie in every L / N th lane ----
 
-template <class T, class F>
+#if FA3NPU_BYTES >= 32
+template <class T, int Half, int N, class F>
+INLINE void fold(Vec<T>* x, const F& combine) {
+  constexpr int kept = N > 1 ? N / 2 : 1;
+#pragma GCC unroll 16
+  for (int i = 0; i < kept; ++i) {
+    Vec<T> y = x[N - kept + i];
+    swap_quarters<Half, T>(x[i], y);
+    x[i] = combine(x[i], y);
+  }
+  if constexpr (Half > 1) fold<T, Half / 2, kept>(x, combine);
+}
+#endif
+
+template <class T, int N = kLanes<T>, class F>
 INLINE Vec<T> reduce(const Vec<T>* x, const F& combine) {
   constexpr int L = kLanes<T>;
+#if FA3NPU_BYTES >= 32
+  Vec<T> y[N];
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) y[i] = x[i];
+  fold<T, L / 2, N>(y, combine);
+  return y[0];
+#else
   T squares[L * L] __attribute__((aligned(64)));
-  transpose<T>([&](int64_t i) { return x[i]; }, squares, L);
-#pragma GCC unroll 16
+  transpose<T>([&](int64_t i) { return x[i * N / L]; }, squares, L);
   for (int half = L / 2; half > 0; half /= 2)
-#pragma GCC unroll 16
     for (int i = 0; i < half; ++i)
       store(squares + i * L, combine(vec(squares + i * L), vec(squares + (i + half) * L)));
   return vec(squares);
+#endif
 }
 
-template <class T>
+template <class T, int N = kLanes<T>>
 INLINE Vec<T> sums(const Vec<T>* x) {
-  return reduce<T>(x, [](const auto& a, const auto& b) { return a + b; });
+  return reduce<T, N>(x, [](const auto& a, const auto& b) INLINE_LAMBDA { return a + b; });
 }
 
 template <class T>
 INLINE Vec<T> maxima(const Vec<T>* x) {
-  return reduce<T>(x, [](const auto& a, const auto& b) { return a > b ? a : b; });
+  return reduce<T>(x, [](const auto& a, const auto& b) INLINE_LAMBDA { return a > b ? a : b; });
 }
 
 template <class T>

@@ -13,12 +13,14 @@ from fa3_ops.backends.call import (
     Attention,
     Combination,
     Gradient,
+    Linear,
     Plan,
     Rotation,
     Scatter,
 )
 from fa3_ops.backends.devices import Device
 from fa3_ops.backends.npu import device
+from fa3_ops.backends.npu.batch_invariant_ops import BatchInvariantOps
 from fa3_ops.backends.npu.flash_attn_npu import FlashAttnNpu
 from fa3_ops.backends.npu.flash_attn_npu_backward import FlashAttnNpuGradient
 from fa3_ops.backends.npu.flash_attn_npu_plan import FlashAttnNpuPlan
@@ -41,6 +43,7 @@ NPU = Device(
         Gradient: [FlashAttnNpuGradient(), torch_ops.TorchGradient()],
         Append: [ScatterPaKvCache(), torch_ops.TorchWrites()],
         Scatter: [ScatterPaKvCache(), torch_ops.TorchWrites()],
+        Linear: [BatchInvariantOps(), torch_ops.TorchLinear()],
         Rotation: [torch_ops.TorchRotation()],
         Combination: [torch_ops.TorchCombination()],
         Plan: [FlashAttnNpuPlan()],

@@ -20,6 +20,7 @@ from fa3_ops.tools.consistency.caches import (
     threads,
 )
 from fa3_ops.tools.consistency.case import Case, Pair
+from fa3_ops.tools.consistency.products import rows_of_linear
 from fa3_ops.tools.consistency.steps import cached_prefix, chunked_prefill, decode, whole_prefill
 
 
@@ -28,6 +29,7 @@ class Comparison:
     name: str
     function: Callable[[Case], Iterator[Pair]]
     devices: tuple[str, ...] = ("cpu", "npu", "cuda")
+    of_attention: bool = True  # compares with the expected bits; else its own with one another
     may_differ: tuple[str, ...] = ()  # devices whose kernels are documented to change bits here
 
 
@@ -45,5 +47,6 @@ COMPARISONS = (
     Comparison("num_splits 0 and 1, scheduler_metadata", few_splits),
     Comparison("num_splits above 1", many_splits, may_differ=("npu",)),
     Comparison("1, 2 and 4 threads", threads, devices=("cpu",)),
-    Comparison("backward repeated, and alone", backward),
+    Comparison("backward repeated, and alone", backward, of_attention=False),
+    Comparison("linear, alone or among any rows", rows_of_linear, of_attention=False),
 )

@@ -9,12 +9,11 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from fa3_ops.tools.consistency.batches import backward
 from fa3_ops.tools.consistency.case import Case, Setting
 from fa3_ops.tools.consistency.comparisons import COMPARISONS, Comparison
 
 # The backends that promise the contract. The others are measured all the same.
-PROMISED = ("cpu", "flash_attn_npu")
+PROMISED = ("cpu", "flash_attn_npu", "batch_invariant_ops")
 
 
 @dataclass
@@ -85,9 +84,9 @@ def run(comparison: Comparison, case: Case) -> Outcome:
     """Compares; an exception becomes the outcome's error."""
     outcome = Outcome(comparison, case.setting.device)
     try:
-        if comparison.function is not backward:  # which compares gradients with one another
+        if comparison.of_attention:
             assert case.expected
-        case.served = set(case.expected_by)
+        case.served = set(case.expected_by) if comparison.of_attention else set()
         for wanted, got in comparison.function(case):
             outcome.count(wanted, got)
     except Exception as error:

@@ -19,6 +19,7 @@ from fa3_ops.backends.npu.ge.graph import (
     GeTensor,
     Value,
     arange,
+    by_transposed,
     concat,
     framed,
     full_like,
@@ -142,8 +143,19 @@ def apply_rotary(a: SimpleNamespace) -> GeTensor:
     return y.tensor
 
 
+def linear(a: SimpleNamespace) -> GeTensor:
+    """CANN's MatMul, which does not promise that a row's bits are its own."""
+    out = by_transposed(Value(a.x).reshape(-1, static(a.x, -1)), a.weight)
+    out = out if a.bias is None else out + a.bias
+    sizes = (size(a.x, axis) for axis in range(a.x.rank - 1))
+    return out.of_shape(concat(*sizes, static(a.weight, 0))).tensor
+
+
 def refuse_operator(a: SimpleNamespace) -> None:
-    refuse(f"the operator {a.operator}", "it has attention, the writes of caches and apply_rotary")
+    refuse(
+        f"the operator {a.operator}",
+        "it has attention, the writes of caches, apply_rotary and linear",
+    )
 
 
 CONVERTERS: dict[str, Callable[[SimpleNamespace], Any]] = {
@@ -152,6 +164,7 @@ CONVERTERS: dict[str, Callable[[SimpleNamespace], Any]] = {
     "flash_attn_kvcache": attention,
     "kvcache_append_": kvcache_append,
     "kvcache_scatter_": kvcache_scatter,
+    "linear": linear,
     "apply_rotary": apply_rotary,
     "flash_attn_func_backward": refuse_operator,
     "flash_attn_varlen_func.out": refuse_operator,

@@ -64,6 +64,9 @@ class Value:
     def reshape(self, *shape: int) -> Value:
         return Value(ge.Reshape(self.tensor, tensor(list(shape))))
 
+    def of_shape(self, shape: Value) -> Value:
+        return Value(ge.Reshape(self.tensor, shape.tensor))
+
     def insert(self, *axes: int) -> Value:
         return Value(ge.Unsqueeze(self.tensor, axes=list(axes)))
 
@@ -108,6 +111,11 @@ def concat(*parts: Any, axis: int = 0) -> Value:
     """Numbers and scalars of the graph count as one element each, GE tensors as they are."""
     parts = tuple(Value(p).reshape(1) if isinstance(p, int | Value) else Value(p) for p in parts)
     return Value(ge.ConcatV2([p.tensor for p in parts], tensor(axis), N=len(parts)))
+
+
+def by_transposed(x: Value, y: GeTensor) -> Value:
+    """x y^T of matrices."""
+    return Value(ge.MatMul(x.tensor, y, None, transpose_x2=True))
 
 
 def framed(x: GeTensor, value: Any) -> Value:

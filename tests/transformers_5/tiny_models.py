@@ -1,0 +1,115 @@
+"""Tiny models with random weights: nothing is downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+VOCABULARY = 199
+WINDOW = 8
+DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+WINDOWED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+ENCODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+}
+# The configuration's class and the model's, without their endings, and what goes into the first.
+DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("Llama", "LlamaForCausalLM", DECODER),
+    "qwen3": ("Qwen3", "Qwen3ForCausalLM", DECODER),
+    "qwen3_moe": ("Qwen3Moe", "Qwen3MoeForCausalLM", DECODER | EXPERTS),
+    "mistral": ("Mistral", "MistralForCausalLM", DECODER | {"sliding_window": WINDOW}),
+    "gemma2": (
+        "Gemma2",
+        "Gemma2ForCausalLM",
+        DECODER | WINDOWED | {"query_pre_attn_scalar": 32, "attn_logit_softcapping": 20.0},
+    ),
+    "gemma3": ("Gemma3Text", "Gemma3ForCausalLM", DECODER | WINDOWED),
+    "gpt_oss": (
+        "GptOss",
+        "GptOssForCausalLM",
+        DECODER | WINDOWED | {"num_local_experts": 4, "num_experts_per_tok": 4},
+    ),
+}
+ENCODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert": (
+        "Bert",
+        "BertModel",
+        ENCODER | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    ),
+    "modernbert": (
+        "ModernBert",
+        "ModernBertModel",
+        ENCODER
+        | {"local_attention": WINDOW, "global_attn_every_n_layers": 2, "attention_dropout": 0.0}
+        | {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2},
+    ),
+}
+BART = {
+    "vocab_size": VOCABULARY,
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "max_position_embeddings": 512,
+    "dropout": 0.0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+MODELS = DECODERS | ENCODERS | {"bart": ("Bart", "BartForConditionalGeneration", BART)}
+
+
+def make(name: str, implementation: str = "fa3npu", **differences: Any) -> Any:
+    """The model of that name, the same weights every time, in evaluation mode."""
+    config_name, model_name, settings = MODELS[name]
+    config = getattr(transformers, f"{config_name}Config")(**settings | differences)
+    return build(getattr(transformers, model_name), config, implementation)
+
+
+def build(model_class: Any, config: Any, implementation: str) -> Any:
+    torch.manual_seed(0)
+    model = model_class._from_config(config, attn_implementation=implementation)
+    enliven(model)
+    return model.float().eval()
+
+
+def enliven(model: torch.nn.Module) -> None:
+    """Weights so large that attention is not the mean of its values, and sinks that weigh."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, parameter.shape[-1] ** -0.5)
+            elif "sinks" in name:
+                parameter.normal_()
+
+
+def tokens(batch_size: int, length: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (batch_size, length), generator=generator)

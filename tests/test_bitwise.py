@@ -13,12 +13,14 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import python
 from sample_inputs import ints, rotary
 from strategies import (
     assert_exact,
@@ -397,6 +399,23 @@ class TestForward:
                 )
                 assert torch.equal(out, whole[:, -rows:])
                 assert torch.equal(softmax_lse, whole_lse[:, :, -rows:])
+
+    def test_table_before_the_first_key(self) -> None:
+        """Steps of keys that a cache has dropped read no page: here none lies there."""
+        program = """if True:
+            import torch, fa3_ops
+            from sample_inputs import ints
+            q, k = torch.ones(1, 1, 4, 32), torch.ones(16, 1, 2, 32)
+            table = torch.full((4, 16), 2**30, dtype=torch.int32)
+            table[3] = torch.arange(16)
+            out = fa3_ops.flash_attn_with_kvcache(
+                q, k, k, page_table=table, cache_batch_idx=ints(3), cache_start=ints(49),
+                causal=True,
+            )
+            assert torch.equal(out, q)
+        """
+        done = python("-c", program, PYTHONPATH=str(Path(__file__).parent), OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr
 
     @examples(100)
     @given(batches(), st.data())

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -36,7 +37,7 @@ struct KeyRows {
   KeyRows(const Attention& a, const Rows& cache, const Sequence& s, int64_t first, int64_t count)
       : count(count) {
     const int64_t missing = clamp(s.k_first - first, 0, count);  // the first key stands for them
-    int64_t position = s.k_begin + first + missing;
+    int64_t position = s.k_begin + std::max(first, s.k_first);
     even = missing == 0 && (s.pages == nullptr || (a.page_size % 16 == 0 && position % 16 == 0));
     if (s.pages == nullptr) {
       for (int64_t j = 0; j < missing; ++j) at[j] = cache.at(s.k_batch, position, 0);

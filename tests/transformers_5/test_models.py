@@ -65,3 +65,26 @@ def gradients(model: Any, given: dict[str, Tensor], live: Tensor) -> dict[str, T
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     found["out"] = out.detach()
     return found
+
+
+@pytest.mark.parametrize("implementation", ["fa3npu", "flash_fa3npu"])
+class TestVision:
+    def test_logits(self, implementation: str) -> None:
+        with torch.no_grad():
+            ours, theirs = (
+                tiny_models.qwen3_vl(name)(**tiny_models.two_images()).logits
+                for name in (implementation, "eager")
+            )
+        assert distance(ours, theirs) < 1e-6
+
+    def test_gradients(self, implementation: str) -> None:
+        ours, theirs = (vision_gradient(name) for name in (implementation, "eager"))
+        assert distance(ours, theirs) < 2e-6
+
+
+def vision_gradient(implementation: str) -> Tensor:
+    """That of the first layer that patches go through, and with it through every attention."""
+    model = tiny_models.qwen3_vl(implementation).train()
+    logits = model(**tiny_models.two_images()).logits
+    (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+    return model.model.visual.patch_embed.proj.weight.grad

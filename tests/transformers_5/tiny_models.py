@@ -82,6 +82,25 @@ BART = {
     "decoder_start_token_id": 2,
     "forced_eos_token_id": None,
 }
+VISION_TOKENS = {"image": 190, "video": 191, "start": 192, "end": 193}
+QWEN3_VL: dict[str, Any] = {
+    "text_config": DECODER
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}},
+    "vision_config": {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": 4,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+    },
+    "image_token_id": VISION_TOKENS["image"],
+    "video_token_id": VISION_TOKENS["video"],
+    "vision_start_token_id": VISION_TOKENS["start"],
+    "vision_end_token_id": VISION_TOKENS["end"],
+}
 MODELS = DECODERS | ENCODERS | {"bart": ("Bart", "BartForConditionalGeneration", BART)}
 
 
@@ -113,3 +132,22 @@ def enliven(model: torch.nn.Module) -> None:
 def tokens(batch_size: int, length: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (batch_size, length), generator=generator)
+
+
+def qwen3_vl(implementation: str) -> Any:
+    config = transformers.Qwen3VLConfig(**QWEN3_VL)
+    return build(transformers.Qwen3VLForConditionalGeneration, config, implementation)
+
+
+def two_images() -> dict[str, torch.Tensor]:
+    """Two sequences with an image each, of 16 and of 32 patches, four of which are a token."""
+    ids = tokens(2, 20).clamp(max=min(VISION_TOKENS.values()) - 1)
+    ids[:, 3] = VISION_TOKENS["start"]
+    ids[0, 4:8] = ids[1, 4:12] = VISION_TOKENS["image"]
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "input_ids": ids,
+        "mm_token_type_ids": (ids == VISION_TOKENS["image"]).int(),
+        "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 8]]),
+        "pixel_values": torch.randn(48, 3 * 2 * 4 * 4, generator=generator),
+    }

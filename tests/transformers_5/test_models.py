@@ -69,11 +69,12 @@ def gradients(model: Any, given: dict[str, Tensor], live: Tensor) -> dict[str, T
 
 @pytest.mark.parametrize("implementation", ["fa3npu", "flash_fa3npu"])
 class TestVision:
-    def test_logits(self, implementation: str) -> None:
+    @pytest.mark.parametrize("images", [1, 2])
+    def test_logits(self, implementation: str, images: int) -> None:
+        given = tiny_models.with_images(images)
         with torch.no_grad():
             ours, theirs = (
-                tiny_models.qwen3_vl(name)(**tiny_models.two_images()).logits
-                for name in (implementation, "eager")
+                tiny_models.qwen3_vl(name)(**given).logits for name in (implementation, "eager")
             )
         assert distance(ours, theirs) < 1e-6
 
@@ -85,6 +86,6 @@ class TestVision:
 def vision_gradient(implementation: str) -> Tensor:
     """That of the first layer that patches go through, and with it through every attention."""
     model = tiny_models.qwen3_vl(implementation).train()
-    logits = model(**tiny_models.two_images()).logits
+    logits = model(**tiny_models.with_images(2)).logits
     (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
     return model.model.visual.patch_embed.proj.weight.grad

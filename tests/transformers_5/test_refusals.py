@@ -1,4 +1,4 @@
-"""What is not served is refused by its name, before a number is wrong."""
+"""What is not served is refused by its name, before a number is wrong; who says what is causal."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import masking_utils
+
+import fa3_ops
+from fa3_ops.integrations.transformers.attention import attention
 
 
 def forward(name: str = "qwen3", train: bool = False, settings: Any = None, **given: Any) -> Any:
@@ -42,6 +45,20 @@ class TestArguments:
         model = tiny_models.build(transformers.T5EncoderModel, config, "fa3npu")
         with pytest.raises(NotImplementedError, match="position_bias"):
             model(input_ids=tiny_models.tokens(1, 12))
+
+
+class TestCausality:
+    def test_the_call_decides(self) -> None:
+        """Before the module: transformers passes is_causal where its mask says it all."""
+        module = torch.nn.Module()
+        module.is_causal = True
+        states = torch.randn(3, 1, 2, 5, 16).unbind()
+        results = [attention(module, *states, None, is_causal=said)[0] for said in (None, False)]
+        wants = [
+            fa3_ops.flash_attn_func(*(x.transpose(1, 2) for x in states), causal=causal)
+            for causal in (True, False)
+        ]
+        assert all(torch.equal(out, want) for out, want in zip(results, wants, strict=True))
 
 
 class TestMasks:

@@ -139,15 +139,17 @@ def qwen3_vl(implementation: str) -> Any:
     return build(transformers.Qwen3VLForConditionalGeneration, config, implementation)
 
 
-def two_images() -> dict[str, torch.Tensor]:
-    """Two sequences with an image each, of 16 and of 32 patches, four of which are a token."""
+def with_images(count: int) -> dict[str, torch.Tensor]:
+    """Sequences with an image each, of 32 and of 16 patches, four of which are a token."""
     ids = tokens(2, 20).clamp(max=min(VISION_TOKENS.values()) - 1)
     ids[:, 3] = VISION_TOKENS["start"]
-    ids[0, 4:8] = ids[1, 4:12] = VISION_TOKENS["image"]
+    ids[0, 4:12] = ids[1, 4:8] = VISION_TOKENS["image"]
+    ids = ids[:count]
+    sizes = torch.tensor([[1, 4, 8], [1, 4, 4]])[:count]
     generator = torch.Generator().manual_seed(0)
     return {
         "input_ids": ids,
         "mm_token_type_ids": (ids == VISION_TOKENS["image"]).int(),
-        "image_grid_thw": torch.tensor([[1, 4, 4], [1, 4, 8]]),
-        "pixel_values": torch.randn(48, 3 * 2 * 4 * 4, generator=generator),
+        "image_grid_thw": sizes,
+        "pixel_values": torch.randn(int(sizes.prod(1).sum()), 3 * 2 * 4 * 4, generator=generator),
     }

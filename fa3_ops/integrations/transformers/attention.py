@@ -73,39 +73,33 @@ def attention(
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, mask: Intervals, scores: Scores) -> Tensor:
     """Sequences with padding around them. No row is moved; those that do not count give 0."""
-    seqlen_q, seqlen_k = q.shape[1], k.shape[1]
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    learns = [x for x in (q, k, v, scores["sinks"]) if x is not None and x.requires_grad]
+    if torch.is_grad_enabled() and learns:
+        places = torch.arange(k.shape[0] + 1, dtype=torch.int32, device=k.device) * k.shape[1]
         out = fa3_ops.flash_attn_varlen_func(
-            q.flatten(0, 1),
+            q,
             k.flatten(0, 1),
             v.flatten(0, 1),
-            _begins(mask.q_first, seqlen_q),
-            _begins(mask.k_first, seqlen_k),
-            seqlen_q,
-            seqlen_k,
+            cu_seqlens_q=None,
+            cu_seqlens_k=places + F.pad(mask.k_first, (0, 1)),
+            max_seqlen_q=None,
+            max_seqlen_k=k.shape[1],
             seqused_q=mask.q_rows,
             seqused_k=mask.k_stop - mask.k_first,
             **scores,
         )
-        return unpacked(out, q)
-    keys: dict[str, Any] = {
-        "cache_seqlens": mask.k_stop,
-        "cache_leftpad": mask.k_first,
-        "cache_start": mask.k_start,
-    }
-    if seqlen_q == 1:
-        return tensor(fa3_ops.flash_attn_with_kvcache(q, k, v, **keys, **scores))
-    out = fa3_ops.flash_attn_with_kvcache(
-        q.flatten(0, 1),
-        k,
-        v,
-        cu_seqlens_q=_begins(mask.q_first, seqlen_q),
-        max_seqlen_q=seqlen_q,
-        seqused_q=mask.q_rows,
-        **keys,
-        **scores,
-    )
-    return unpacked(out, q)
+    else:
+        out = fa3_ops.flash_attn_with_kvcache(
+            q,
+            k,
+            v,
+            cache_seqlens=mask.k_stop,
+            cache_leftpad=mask.k_first,
+            cache_start=mask.k_start,
+            seqused_q=mask.q_rows,
+            **scores,
+        )
+    return tensor(out)
 
 
 def tensor(out: Tensor | tuple[Tensor, Tensor]) -> Tensor:
@@ -113,25 +107,14 @@ def tensor(out: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     return cast("Tensor", out)
 
 
-def unpacked(out: Tensor | tuple[Tensor, Tensor], q: Tensor) -> Tensor:
-    """The rows of a packed result in q's batches again."""
-    return tensor(out).view(*q.shape[:-1], -1)
-
-
-def _begins(first: Tensor, seqlen: int) -> Tensor:
-    """cu_seqlens of a dense batch whose sequence b begins first[b] rows into its place."""
-    places = torch.arange(0, first.shape[0] + 1, dtype=torch.int32, device=first.device) * seqlen
-    return places + F.pad(first, (0, 1))
-
-
 def packed_positions(q: Tensor, k: Tensor, position_ids: Tensor | None) -> Tensor | None:
     """The offsets of sequences packed into one row, for models such as gpt-oss that make their
-    masks without position_ids: a sequence begins where the positions do not rise."""
+    masks without position_ids: a sequence begins at each position 0."""
     if position_ids is None or q.shape[:2] != k.shape[:2] or position_ids.shape != (1, q.shape[1]):
         return None
     if q.shape[0] != 1 or q.shape[1] == 1:
         return None
-    starts = F.pad(position_ids.diff() <= 0, (1, 0), value=True)
+    starts = F.pad(position_ids[:, 1:] == 0, (1, 0), value=True)
     return packed_offsets(starts)
 
 
@@ -156,7 +139,7 @@ def _packed(
         max_seqlen_k,
         **scores,
     )
-    return unpacked(out, q)
+    return tensor(out).view(*q.shape[:-1], -1)
 
 
 def _rolling(
@@ -186,7 +169,7 @@ def _rolling(
         max_seqlen_q=max_seqlen_q,
         **scores,
     )
-    return unpacked(out, q)
+    return tensor(out).view(*q.shape[:-1], -1)
 
 
 def refuse(attention_mask: Tensor | None, dropout: float, **others: Any) -> None:

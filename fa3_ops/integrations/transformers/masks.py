@@ -5,7 +5,7 @@ layer's attention. A tensor of 4 dimensions is left as it is on the way, even wh
 twice (`generate` makes them, and the model again). The answer is one of
 
     None: every row counts, and so does every key that causality and the window let it see;
-    intervals, (batch_size, 5, 1, 1) int32: of each sequence the fields of Intervals;
+    intervals, (batch_size, 4, 1, 1) int32: of each sequence the fields of Intervals;
     offsets, (1, 1, 1, n + 1) int32: cu_seqlens of n sequences, packed into the rows of the batch.
 """
 
@@ -21,10 +21,10 @@ from transformers.masking_utils import bidirectional_mask_function, causal_mask_
 
 
 class Intervals(NamedTuple):
-    """Of each sequence, (batch_size,) each: which rows of q count, which keys, and the position in
-    the sequence of the first of these (not 0 where a cache has dropped keys)."""
+    """Of each sequence, (batch_size,) each: how many rows of q there are up to its last, which keys
+    are its own, and the position in it of the first of these: 0, or how many a cache has dropped.
+    Its last row stands beside its last key; rows before its first key see none."""
 
-    q_first: Tensor
     q_rows: Tensor
     k_first: Tensor
     k_stop: Tensor
@@ -161,14 +161,11 @@ def _intervals(asked: Asked, attention_mask: Tensor | None, may_skip: bool) -> T
     k_stop = (stop - asked.kv_offset).minimum(zero + limit).clamp(min=0)
     k_first = (first - asked.kv_offset).clamp(min=0).minimum(k_stop)
     k_start = (asked.kv_offset - first).clamp(min=0)
-    if not asked.bidirectional:
-        q_first = (k_first - shift).clamp(min=0, max=asked.q_length)
-        q_rows = (k_stop - shift - q_first).clamp(min=0)
-    elif asked.local_size is None:
-        q_first, q_rows = zero, zero + asked.q_length
-    else:  # the window counts from rows that lie beside their keys
-        q_first, q_rows = k_first, k_stop - k_first
-    intervals = Intervals(q_first, q_rows, k_first, k_stop, k_start)
+    if asked.bidirectional and asked.local_size is None:
+        q_rows = zero + asked.q_length
+    else:
+        q_rows = (k_stop - shift).clamp(min=0)
+    intervals = Intervals(q_rows, k_first, k_stop, k_start)
     return torch.stack(intervals, 1).int()[..., None, None]
 
 

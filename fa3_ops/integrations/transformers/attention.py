@@ -182,6 +182,10 @@ def refuse(attention_mask: Tensor | None, dropout: float, **others: Any) -> None
     for name in ("position_bias", "relative_position_bias", "attention_similarity"):
         if others.get(name) is not None:
             raise NotImplementedError(f"fa3npu: {name}, a bias added to the scores")
+    if others.get("block_table") is not None:
+        raise NotImplementedError(
+            "fa3npu: block_table: set max_blocks_per_request=0 in the ContinuousBatchingConfig"
+        )
     if others.get("output_attentions"):
         raise NotImplementedError("fa3npu: output_attentions: the weights are never in memory")
     if attention_mask is not None and not (

@@ -46,7 +46,7 @@ def attention(
     """
     refuse(attention_mask, dropout, **others)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    left = -1 if sliding_window is None else sliding_window - 1
+    left = _left(module, sliding_window, causal)
     scores: Scores = {
         "softmax_scale": scaling,
         "causal": causal,
@@ -69,6 +69,16 @@ def attention(
         offsets = attention_mask.flatten(), attention_mask.flatten()
         return _packed(q, k, v, *offsets, q.shape[1], k.shape[1], scores), None
     return tensor(fa3_ops.flash_attn_func(q, k, v, **scores)), None
+
+
+def _left(module: torch.nn.Module, sliding_window: int | None, causal: bool) -> int:
+    """How far back a row sees. A layer says how many keys a causal window has, the row's own among
+    them; of a window to both sides only the configuration, which masks are made of, is to be
+    trusted: it counts the keys on each side."""
+    if sliding_window is None:
+        return -1
+    config: Any = getattr(module, "config", None)
+    return sliding_window - 1 if causal else getattr(config, "sliding_window", sliding_window - 1)
 
 
 def _padded(q: Tensor, k: Tensor, v: Tensor, mask: Intervals, scores: Scores) -> Tensor:

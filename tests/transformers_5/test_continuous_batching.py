@@ -1,0 +1,79 @@
+"""transformers' continuous batching: requests of all lengths join and leave, prompts come in
+chunks, and each token's log-probability has the bits that a trainer's forward pass gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+import transformers
+
+PROMPTS = [tiny_models.tokens(1, 3 + 11 * i, seed=i)[0].tolist() for i in range(8)]
+NEW_TOKENS = 20
+WINDOW = 16
+
+
+def rollout(model: Any) -> list[Any]:
+    """Results of PROMPTS, in their order, from steps of at most 40 tokens."""
+    greedy = transformers.GenerationConfig(
+        max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    batching = transformers.ContinuousBatchingConfig(
+        num_blocks=64,
+        block_size=16,
+        max_batch_tokens=40,
+        return_logprobs=True,
+        use_cuda_graph=False,
+    )
+    results = model.generate_batch(
+        PROMPTS, generation_config=greedy, continuous_batching_config=batching, progress_bar=False
+    )
+    by_prompt = {tuple(result.prompt_ids): result for result in results.values()}
+    return [by_prompt[tuple(prompt)] for prompt in PROMPTS]
+
+
+@torch.no_grad()
+def trained(model: Any, results: list[Any]) -> list[torch.Tensor]:
+    """The log-probabilities of the new tokens, from one packed forward pass."""
+    sequences = [result.prompt_ids + result.generated_tokens for result in results]
+    ids = torch.tensor([[token for sequence in sequences for token in sequence]])
+    positions = torch.cat([torch.arange(len(sequence)) for sequence in sequences])[None]
+    logits = model(ids, position_ids=positions, use_cache=False).logits[0]
+    parts = logits.float().softmax(-1).log().split([len(sequence) for sequence in sequences])
+    return [
+        part[-1 - NEW_TOKENS : -1].gather(1, torch.tensor(result.generated_tokens)[:, None])[:, 0]
+        for part, result in zip(parts, results, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", tiny_models.DECODERS)
+class TestRollout:
+    def test_tokens(self, name: str) -> None:
+        """Those of generate with transformers' own attention, one prompt after the other."""
+        other = model_of(name, "eager" if name in ("gemma2", "gpt_oss") else "sdpa")
+        settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+        for result in rollout(model_of(name)):
+            alone = other.generate(torch.tensor([result.prompt_ids]), **settings)
+            assert result.generated_tokens == alone[0, len(result.prompt_ids) :].tolist()
+
+    @pytest.mark.usefixtures("row_by_row")
+    def test_bits_of_the_trainer(self, name: str) -> None:
+        model = model_of(name)
+        results = rollout(model)
+        for result, want in zip(results, trained(model, results), strict=True):
+            assert torch.equal(torch.tensor(result.logprobs), want)
+
+
+def model_of(name: str, implementation: str = "flash_fa3npu") -> Any:
+    differences: dict[str, Any] = {}
+    if "sliding_window" in tiny_models.DECODERS[name][2]:
+        differences["sliding_window"] = WINDOW
+    if name in ("gpt_oss", "qwen3_moe"):
+        differences["experts_implementation"] = "batched_mm"
+    # gpt-oss has a list of the names with "flash" that it takes: it is asked later, by its config.
+    asked_later = name == "gpt_oss" and implementation == "flash_fa3npu"
+    model = tiny_models.make(name, "fa3npu" if asked_later else implementation, **differences)
+    model.config._attn_implementation = implementation
+    return model

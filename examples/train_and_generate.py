@@ -24,6 +24,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 import torch.nn.functional as F
+from documents import load_documents, pieces_of, show_progress
 from gpt import GPT, Config, Packed, PagedCache
 from torch import Tensor
 
@@ -78,45 +79,15 @@ def compile_step(step: DecodeStep, args: argparse.Namespace, device: torch.devic
     return compiled
 
 
-def load_documents(path: Path | None) -> tuple[str, list[Tensor]]:
-    """Texts as bytes: a file, or else what every Python brings along."""
-    if path is not None:
-        name, texts = path.name, [path.read_bytes()]
-    else:
-        try:
-            from pydoc_data.topics import topics
-
-            name, texts = "Python's reference manual", [t.encode() for t in topics.values()]
-        except ImportError:
-            sources = sorted(Path(os.__file__).parent.glob("[a-d]*.py"))
-            name, texts = "Python's standard library", [p.read_bytes() for p in sources]
-    return name, [torch.tensor(list(text)) for text in texts]
-
-
 def packed_batch(
     documents: Sequence[Tensor], total: int, model: GPT, rng: random.Random
 ) -> tuple[Tensor, Tensor, Packed]:
     """Pieces of documents of different lengths, `total` tokens in all, without padding."""
-    context, device = model.config.context, model.embedding.weight.device
-    pieces: list[Tensor] = []
-    sizes = [len(document) for document in documents]
-    while total > 0:
-        (document,) = rng.choices(documents, sizes)
-        length = min(rng.randint(context // 4, context), len(document) - 1, total)
-        begin = rng.randint(0, len(document) - 1 - length)
-        pieces.append(document[begin : begin + length + 1])
-        total -= length
+    device = model.embedding.weight.device
+    pieces = pieces_of(documents, total, model.config.context, rng)
     tokens = torch.cat([piece[:-1] for piece in pieces]).to(device)
     targets = torch.cat([piece[1:] for piece in pieces]).to(device)
     return tokens, targets, Packed.of([len(piece) - 1 for piece in pieces], device)
-
-
-def show_progress(done: int, total: int, text: str) -> None:
-    if sys.stdout.isatty():
-        bar = ("=" * (30 * done // total)).ljust(30)
-        print(f"\r[{bar}] {text} ", end="\n" if done == total else "", flush=True)
-    elif done % -(-total // 7) == 0 or done == total:
-        print(text, flush=True)
 
 
 def train(

@@ -319,9 +319,10 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     above.set_yscale("symlog", linthresh=1e-8)
     above.set_ylim(bottom=-2e-9)
     above.set_title("Trainer and rollout: largest difference of a token's log-probability")
-    above.legend()
+    above.legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 0.1))
     below.set_title("Reward: share of vowels")
     below.set_xlabel("iteration")
+    below.xaxis.get_major_locator().set_params(integer=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

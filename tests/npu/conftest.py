@@ -5,8 +5,17 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+
+# Tiny models, for test_npu_transformers.py.
+sys.path.append(str(Path(__file__).parents[1] / "transformers_5"))
 
 if importlib.util.find_spec("torch_npu") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -47,3 +56,29 @@ def any_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     from npu_kernels import put
 
     put(monkeypatch, request.param)
+
+
+@pytest.fixture
+def batch_invariant_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Ascend's package as vLLM-Ascend's source calls it, and what it is called with. It keeps the
+    package's promise: each element is a sum of its own."""
+    import torch
+
+    from fa3_ops.backends.npu.batch_invariant_ops import is_installed
+
+    called = []
+
+    def mm(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        called.append((x, y))
+        return (x[:, None].float() * y.t().float()).sum(-1).to(x.dtype)
+
+    library = torch.library.Library("batch_invariant_ops", "DEF")
+    library.define("npu_mm_batch_invariant(Tensor self, Tensor mat2) -> Tensor")
+    library.impl("npu_mm_batch_invariant", mm, "PrivateUse1")
+    module = ModuleType("batch_invariant_ops")
+    module.__spec__ = ModuleSpec("batch_invariant_ops", None)
+    monkeypatch.setitem(sys.modules, "batch_invariant_ops", module)
+    is_installed.cache_clear()
+    yield called
+    is_installed.cache_clear()
+    library._destroy()

@@ -83,3 +83,15 @@ def assert_lse(got: Tensor, want: Tensor, dtype: torch.dtype, rounded_keys: bool
     if rounded_keys:
         slack = 3 * torch.finfo(dtype).eps
     torch.testing.assert_close(got.detach().cpu().double(), want.double(), rtol=1e-3, atol=slack)
+
+
+def assert_same_tokens(got: Tensor, want: Tensor, chances: Tensor, tie: float) -> None:
+    """Equal, but that from a tie of two chances on a text may go either way. Tokens are
+    (batch_size, length), the chances that want was chosen by (batch_size, length, vocabulary)."""
+    assert got.shape == want.shape
+    for row, wanted, chance in zip(got, want, chances, strict=True):
+        differ = (row != wanted).nonzero()
+        if len(differ):
+            best, second = chance[int(differ[0])].topk(2).values
+            assert best - second < tie
+    assert (got == want).float().mean() > 0.5

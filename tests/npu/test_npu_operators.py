@@ -3,11 +3,7 @@ them. Strides, poisoned memory and odd sizes as on CPU."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from contextlib import nullcontext
-from importlib.machinery import ModuleSpec
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -42,7 +38,6 @@ from torch import Tensor
 import fa3_ops
 from fa3_ops import reference
 from fa3_ops.backends import fallback
-from fa3_ops.backends.npu.batch_invariant_ops import is_installed
 
 pytestmark = pytest.mark.filterwarnings("ignore::fa3_ops.FallbackWarning")
 HALF = torch.float16
@@ -113,27 +108,6 @@ class TestKvcacheScatter:
         fa3_ops.kvcache_scatter_(k.npu(), v.npu(), *got, slots.npu())
         caches[0, 0, 1], caches[1, 0, 1] = k[1], v[1]
         assert torch.equal(got.cpu(), caches)
-
-
-@pytest.fixture
-def batch_invariant_ops(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Ascend's package as vLLM-Ascend's source calls it, and what it is called with."""
-    called: list[tuple[Tensor, Tensor]] = []
-
-    def mm(x: Tensor, y: Tensor) -> Tensor:
-        called.append((x, y))
-        return torch.mm(x, y)
-
-    library = torch.library.Library("batch_invariant_ops", "DEF")
-    library.define("npu_mm_batch_invariant(Tensor self, Tensor mat2) -> Tensor")
-    library.impl("npu_mm_batch_invariant", mm, "PrivateUse1")
-    module = ModuleType("batch_invariant_ops")
-    module.__spec__ = ModuleSpec("batch_invariant_ops", None)
-    monkeypatch.setitem(sys.modules, "batch_invariant_ops", module)
-    is_installed.cache_clear()
-    yield called
-    is_installed.cache_clear()
-    library._destroy()
 
 
 class TestLinear:

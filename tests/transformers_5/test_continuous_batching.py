@@ -8,44 +8,10 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-import transformers
+from continuous_batching import rollout, trained
 
-PROMPTS = [tiny_models.tokens(1, 3 + 11 * i, seed=i)[0].tolist() for i in range(8)]
 NEW_TOKENS = 20
 WINDOW = 16
-
-
-def rollout(model: Any) -> list[Any]:
-    """Results of PROMPTS, in their order, from steps of at most 40 tokens."""
-    greedy = transformers.GenerationConfig(
-        max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
-    batching = transformers.ContinuousBatchingConfig(
-        num_blocks=64,
-        block_size=16,
-        max_batch_tokens=40,
-        return_logprobs=True,
-        use_cuda_graph=False,
-    )
-    results = model.generate_batch(
-        PROMPTS, generation_config=greedy, continuous_batching_config=batching, progress_bar=False
-    )
-    by_prompt = {tuple(result.prompt_ids): result for result in results.values()}
-    return [by_prompt[tuple(prompt)] for prompt in PROMPTS]
-
-
-@torch.no_grad()
-def trained(model: Any, results: list[Any]) -> list[torch.Tensor]:
-    """The log-probabilities of the new tokens, from one packed forward pass."""
-    sequences = [result.prompt_ids + result.generated_tokens for result in results]
-    ids = torch.tensor([[token for sequence in sequences for token in sequence]])
-    positions = torch.cat([torch.arange(len(sequence)) for sequence in sequences])[None]
-    logits = model(ids, position_ids=positions, use_cache=False).logits[0]
-    parts = logits.float().softmax(-1).log().split([len(sequence) for sequence in sequences])
-    return [
-        part[-1 - NEW_TOKENS : -1].gather(1, torch.tensor(result.generated_tokens)[:, None])[:, 0]
-        for part, result in zip(parts, results, strict=True)
-    ]
 
 
 @pytest.mark.parametrize("name", tiny_models.DECODERS)
@@ -54,14 +20,14 @@ class TestRollout:
         """Those of generate with transformers' own attention, one prompt after the other."""
         other = model_of(name, "eager" if name in ("gemma2", "gpt_oss") else "sdpa")
         settings = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
-        for result in rollout(model_of(name)):
+        for result in rollout(model_of(name), NEW_TOKENS):
             alone = other.generate(torch.tensor([result.prompt_ids]), **settings)
             assert result.generated_tokens == alone[0, len(result.prompt_ids) :].tolist()
 
     @pytest.mark.usefixtures("row_by_row")
     def test_bits_of_the_trainer(self, name: str) -> None:
         model = model_of(name)
-        results = rollout(model)
+        results = rollout(model, NEW_TOKENS)
         for result, want in zip(results, trained(model, results), strict=True):
             assert torch.equal(torch.tensor(result.logprobs), want)
 

@@ -72,10 +72,14 @@ $(VENV)/packages: requirements-dev.txt
 	@$(BIN)/python $(INSTALL) torch==$(TORCH) -r requirements-dev.txt
 	@touch $@
 
-$(VENV)/build $(BENCH_VENV)/build $(VLLM_VENV)/build $(TRANSFORMERS_VENV)/build: \
-		%/build: %/packages $(SOURCES)
-	@echo "==> Building fa3_ops (about half a minute)"
-	@$*/bin/python $(INSTALL) --no-build-isolation --no-deps --editable .
+# The extension's ABI serves all environments: the first builds it, the others take it as it is.
+EXTENSION := fa3_ops/_C.abi3.so
+BUILT = $(shell test -f $(EXTENSION) && test -z "$$(find csrc setup.py -newer $(EXTENSION))" && echo 1)
+$(VENV)/build $(NPU_VENV)/build $(VLLM_ASCEND_VENV)/build $(BENCH_VENV)/build $(VLLM_VENV)/build \
+		$(TRANSFORMERS_VENV)/build: %/build: %/packages $(SOURCES)
+	$(if $(BUILT),,@echo "==> Building fa3_ops (about half a minute)")
+	@FA3NPU_BUILT=$(BUILT) TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
+		$*/bin/python $(INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
 
 demo: $(VENV)/build
@@ -100,12 +104,6 @@ $(VLLM_ASCEND_VENV)/packages: requirements-vllm-ascend.txt
 	@$(VLLM_ASCEND)/python $(INSTALL) torch==$(TORCH) -r requirements-vllm-ascend.txt
 	@SOC_VERSION=ascend910b1 COMPILE_CUSTOM_KERNELS=0 TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
 		$(VLLM_ASCEND)/python $(INSTALL) --no-build-isolation --no-deps $(VLLM_ASCEND_PACKAGES)
-	@touch $@
-
-# The same extension as in $(VENV): its ABI serves all.
-$(NPU_VENV)/build $(VLLM_ASCEND_VENV)/build: %/build: %/packages $(VENV)/build
-	@TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
-		$*/bin/python $(INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
 
 $(NPU_VENV)/emulator $(VLLM_ASCEND_VENV)/emulator: %/emulator: %/packages $(EMULATED) \

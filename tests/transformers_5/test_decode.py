@@ -42,7 +42,7 @@ def through_cache(model: Any, cache: Any, ids: Tensor, **masks: Tensor) -> Tenso
     return torch.cat(parts, 1)
 
 
-@pytest.mark.usefixtures("row_by_row")
+@pytest.mark.usefixtures("batch_invariant")
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("name", tiny_models.DECODERS)
 class TestBits:

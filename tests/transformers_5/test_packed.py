@@ -33,7 +33,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     return tiny_models.make(request.param, **differences)
 
 
-@pytest.mark.usefixtures("row_by_row")
+@pytest.mark.usefixtures("batch_invariant")
 class TestBits:
     @torch.no_grad()
     def test_by_position_ids(self, model: Any) -> None:

@@ -92,6 +92,24 @@ class TestMasks:
         with pytest.raises(NotImplementedError, match="images"):
             causal_mask(block_sequence_ids=blocks)
 
+    def test_gemma3(self) -> None:
+        """Its text is causal, its images are not."""
+        config = transformers.Gemma3Config(**tiny_models.GEMMA3)
+        model = tiny_models.build(transformers.Gemma3Model, config, "fa3npu")
+        ids, types = tiny_models.tokens(1, 12), torch.zeros(1, 12, dtype=torch.long)
+        model(input_ids=ids)
+        types[0, 4:8] = 1
+        with pytest.raises(NotImplementedError, match="images"):
+            model(input_ids=ids, token_type_ids=types)
+
+    def test_embedding_gemma(self) -> None:
+        """Gemma-3 as an encoder, whose window is an or_mask_function."""
+        _, _, settings = tiny_models.DECODERS["gemma3"]
+        config = transformers.Gemma3TextConfig(**settings, use_bidirectional_attention=True)
+        model = tiny_models.build(transformers.Gemma3TextModel, config, "fa3npu")
+        with pytest.raises(NotImplementedError, match="or_mask_function"):
+            model(tiny_models.tokens(1, 12))
+
     def test_chunks(self) -> None:
         """As long as all is in the first chunk, it is a causal mask."""
         assert chunked_mask(12) is None
@@ -114,17 +132,7 @@ def chunked_mask(size: int) -> Tensor | None:
     return masking_utils.create_chunked_causal_mask(chunked, torch.zeros(1, 12, 64), None, None)
 
 
-class TestSequenceParallelism:
-    def test_ulysses(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        ulysses: Any = ModuleType("verl.utils.ulysses")
-        size = 1
-        ulysses.get_ulysses_sequence_parallel_world_size = lambda: size
-        monkeypatch.setitem(sys.modules, "verl.utils.ulysses", ulysses)
-        forward()
-        size = 2
-        with pytest.raises(NotImplementedError, match="sequence parallelism over 2 ranks"):
-            forward()
-
+class TestSequenceParallelism:  # veRL's is in test_verl.py
     @pytest.mark.parametrize("dimension", ["cp_size", "sp_size"])
     def test_accelerate(self, dimension: str, monkeypatch: pytest.MonkeyPatch) -> None:
         state: Any = ModuleType("accelerate.state")

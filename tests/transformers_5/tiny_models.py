@@ -101,6 +101,19 @@ QWEN3_VL: dict[str, Any] = {
     "vision_start_token_id": VISION_TOKENS["start"],
     "vision_end_token_id": VISION_TOKENS["end"],
 }
+GEMMA3: dict[str, Any] = {
+    "text_config": DECODER | WINDOWED,
+    "vision_config": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+    },
+    "mm_tokens_per_image": 4,
+    "image_token_id": VISION_TOKENS["image"],
+}
 MODELS = DECODERS | ENCODERS | {"bart": ("Bart", "BartForConditionalGeneration", BART)}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import OURS, THEIRS, answers, engine, prompts
+from engines import OURS, answers, engine, prompts
 from generate import in_a_process
 from tiny_models import make
 
@@ -57,14 +57,12 @@ def test_speculation(model: Path, plain: list[Any], tmp_path: Path) -> None:
     assert same == 64
 
 
-def test_the_other_requests(model: Path, tmp_path: Path) -> None:
-    """On two threads, with linear layers that do not depend on the other rows."""
-
-    def same(backend: dict[str, str]) -> int:
-        wishes = {"threads": 2, "prompts": 8, "alone": True, "rows": True}
-        said = in_a_process(model, tmp_path / "said", settings=backend, **wishes)
-        return same_bits(said["batch"], said["alone"])
-
-    ours, theirs = same(OURS), same(THEIRS)
-    print(f"alone and in a batch: the same bits {ours} of 8; with vLLM's own kernel {theirs}")
-    assert ours == 8
+@pytest.mark.parametrize(("dtype", "threads"), [("float32", 2), ("bfloat16", 1)])
+def test_the_other_requests(dtype: str, threads: int, model: Path, tmp_path: Path) -> None:
+    """Log-probabilities end to end."""
+    wishes = {"threads": threads, "batch_invariant": True, "prompts": 8, "alone": True}
+    settings = {"dtype": dtype, "logprobs_mode": "raw_logprobs"}
+    said = in_a_process(model, tmp_path / "said", settings=settings, **wishes)
+    same = same_bits(said["batch"], said["alone"])
+    print(f"VLLM_BATCH_INVARIANT=1, {dtype}: the same bits alone and in a batch {same} of 8")
+    assert same == 8

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 import fa3_ops.integrations.vllm as plugin
+from fa3_ops.integrations.vllm.batch_invariant import configure
 from fa3_ops.integrations.vllm.platform import Fa3CpuPlatform
 
 FITS = AttentionSelectorConfig(64, torch.bfloat16, "auto", 128)
@@ -104,6 +106,56 @@ class TestThePlatform:
         selector = FITS._replace(**differences)
         path = Fa3CpuPlatform.get_attn_backend_cls(AttentionBackendEnum.CUSTOM, selector)
         assert path == plugin.BACKEND
+
+
+class TestBatchInvariance:
+    """What VLLM_BATCH_INVARIANT=1 makes of a configuration."""
+
+    @staticmethod
+    def config(**differences: Any) -> SimpleNamespace:
+        model = {"quantization": None, "is_moe": False}
+        parallel = {"worker_cls": "auto", "tensor_parallel_size": 1}
+        parts = {
+            "model_config": SimpleNamespace(**model | differences.pop("model", {})),
+            "parallel_config": SimpleNamespace(**parallel | differences.pop("parallel", {})),
+            "attention_config": SimpleNamespace(backend=None),
+            "compilation_config": SimpleNamespace(mode=None, custom_ops=["all"]),
+            "lora_config": None,
+        }
+        return SimpleNamespace(**parts | differences)
+
+    @pytest.mark.parametrize("asked", [False, True])
+    def test_only_where_it_is_asked_for(self, asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(envs, "VLLM_BATCH_INVARIANT", asked, raising=False)
+        config = self.config()
+        for _ in range(2):  # vLLM makes its configuration twice
+            Fa3CpuPlatform.apply_config_platform_defaults(config)
+        assert (config.attention_config.backend is AttentionBackendEnum.CUSTOM) == asked
+        assert (config.compilation_config.custom_ops == ["none"]) == asked
+        assert (config.parallel_config.worker_cls != "auto") == asked
+        first = Fa3CpuPlatform.get_default_ir_op_priority(config).fused_add_rms_norm[0]
+        assert first == ("fa3_ops" if asked else "native")
+
+    @pytest.mark.parametrize(
+        ("differences", "reason"),
+        [
+            (
+                {"attention_config": SimpleNamespace(backend=AttentionBackendEnum.CPU_ATTN)},
+                "attention_backend CPU_ATTN, which must be CUSTOM",
+            ),
+            ({"parallel": {"worker_cls": "another.Worker"}}, "worker_cls another.Worker"),
+            ({"parallel": {"tensor_parallel_size": 2}}, "tensor_parallel_size 2"),
+            ({"lora_config": object()}, "LoRA"),
+            ({"model": {"quantization": "fp8"}}, "quantization fp8"),
+            ({"model": {"is_moe": True}}, "mixtures of experts"),
+        ],
+    )
+    def test_refuses_what_is_not_batch_invariant(
+        self, differences: dict[str, Any], reason: str
+    ) -> None:
+        message = rf"VLLM_BATCH_INVARIANT=1 on CPU \(fa3_ops\) cannot serve: {reason}$"
+        with pytest.raises(ValueError, match=message):
+            configure(self.config(**differences))
 
 
 class TestTheRegistration:

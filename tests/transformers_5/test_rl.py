@@ -88,9 +88,9 @@ def test_metrics_are_verls(rl: ModuleType) -> None:
     rollout = torch.tensor([-generator.expovariate(1) for _ in range(50)])
     actor = rollout + torch.tensor([generator.gauss(0, 0.01) for _ in range(50)])
     ours = rl.compare(rollout, actor)
+    from verl import DataProto
     from verl.trainer.ppo.rollout_corr_helper import compute_offpolicy_metrics
     from verl.utils.debug.metrics import calculate_debug_metrics
-    from verl import DataProto
 
     mask = torch.ones(1, 50)
     data = DataProto.from_dict(

@@ -152,6 +152,8 @@ class TestLinear:
         empty = {"x": call["x"][..., :0], "weight": call["weight"][:, :0]}
         assert fa3_ops.explain(fa3_ops.linear, **empty).backend == "torch"
         assert torch.equal(fa3_ops.linear(**empty).cpu(), torch.zeros(2, 3, 7))
+        doubles = to_npu(self.given(torch.float64))
+        assert fa3_ops.explain(fa3_ops.linear, **doubles).backend == "torch"
         none = {"x": call["x"][:0], "weight": call["weight"]}
         assert fa3_ops.linear(**none).shape == (0, 3, 7)
         assert not batch_invariant_ops

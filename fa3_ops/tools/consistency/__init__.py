@@ -11,6 +11,7 @@ import argparse
 
 import torch
 
+from fa3_ops.tools.consistency import model
 from fa3_ops.tools.consistency.case import DTYPES, settings
 from fa3_ops.tools.consistency.outcome import check
 
@@ -28,10 +29,13 @@ def best_device() -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "npu", "cuda"), default=None)
     parser.add_argument("--dtype", choices=tuple(DTYPES), action="append", default=None)
+    model.add_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Prints the table; 1 if something that is promised did not hold."""
+    if arguments.model is not None:
+        return model.main(arguments)
     device = arguments.device or best_device()
     try:
         torch.empty(0, device=device)

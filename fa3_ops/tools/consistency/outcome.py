@@ -17,14 +17,36 @@ PROMISED = ("cpu", "flash_attn_npu", "batch_invariant_ops")
 
 
 @dataclass
-class Outcome:
+class Difference:
+    """How many bits of two results differ: of elements, and by how much."""
+
+    elements: int = field(default=0, kw_only=True)
+    differing: int = field(default=0, kw_only=True)
+    largest: float = field(default=0.0, kw_only=True)
+
+    def count(self, wanted: Tensor, got: Tensor) -> None:
+        """Bits are compared; the same NaN on both sides is no difference."""
+        if wanted.shape != got.shape or wanted.dtype != got.dtype:
+            raise ValueError(
+                f"expected {tuple(wanted.shape)} {wanted.dtype}, got {tuple(got.shape)} {got.dtype}"
+            )
+        self.elements += got.numel()
+        if torch.equal(wanted, got):
+            return
+        wanted, got = wanted.cpu().double(), got.cpu().double()
+        differs = (wanted != got) & ~(wanted.isnan() & got.isnan())
+        self.differing += int(differs.sum())
+        if bool(differs.any()):
+            distance = (wanted - got)[differs].abs().nan_to_num(float("inf"), float("inf"))
+            self.largest = max(self.largest, float(distance.max()))
+
+
+@dataclass
+class Outcome(Difference):
     """One comparison, in one setting or, summed up, in several."""
 
     comparison: Comparison
     device: str
-    elements: int = 0
-    differing: int = 0
-    largest: float = 0.0
     served: set[str] = field(default_factory=set)
     error: str = ""
 
@@ -48,22 +70,6 @@ class Outcome:
         if self.held:
             return "held"
         return "NOT HELD" if self.required else "differs, allowed"
-
-    def count(self, wanted: Tensor, got: Tensor) -> None:
-        """Bits are compared; the same NaN on both sides is no difference."""
-        if wanted.shape != got.shape or wanted.dtype != got.dtype:
-            raise ValueError(
-                f"expected {tuple(wanted.shape)} {wanted.dtype}, got {tuple(got.shape)} {got.dtype}"
-            )
-        self.elements += got.numel()
-        if torch.equal(wanted, got):
-            return
-        wanted, got = wanted.cpu().double(), got.cpu().double()
-        differs = (wanted != got) & ~(wanted.isnan() & got.isnan())
-        self.differing += int(differs.sum())
-        if bool(differs.any()):
-            distance = (wanted - got)[differs].abs().nan_to_num(float("inf"), float("inf"))
-            self.largest = max(self.largest, float(distance.max()))
 
     def difference(self) -> str:
         if self.error:

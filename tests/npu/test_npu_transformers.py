@@ -183,7 +183,7 @@ class TestGeneration:
             got = generated(qwen3(name, dtype), cache)
         want = generated(qwen3("eager", dtype, "cpu"), cache)
         new, wanted = (out.sequences[:, LENGTH:].cpu() for out in (got, want))
-        assert_same_tokens(new, wanted, torch.stack(want.logits, 1).float(), 10 * TOLERANCE[dtype])
+        assert_same_tokens(new, wanted, torch.stack(want.logits, 1).float(), 2 * TOLERANCE[dtype])
         assert launched == ["flash_attn_npu"] * LAYERS * NEW_TOKENS
         assert not fused
 
@@ -191,7 +191,7 @@ class TestGeneration:
     def test_continuous_batching(self, fused: list[Any]) -> None:
         with launches("npu") as launched:
             results = rollout(qwen3("flash_fa3npu", HALF), NEW_TOKENS)
-        assert_greedy(results, qwen3("eager", HALF, "cpu"), 10 * TOLERANCE[HALF])
+        assert_greedy(results, qwen3("eager", HALF, "cpu"), 2 * TOLERANCE[HALF])
         assert set(launched) == {"flash_attn_npu"}
         assert not fused
 
@@ -201,7 +201,7 @@ class TestGeneration:
         tokens are wrong; when they are not, docs/transformers.md has a remedy too many."""
         results = rollout(qwen3("sdpa", HALF), NEW_TOKENS)
         with pytest.raises(AssertionError):
-            assert_greedy(results, qwen3("eager", HALF, "cpu"), 10 * TOLERANCE[HALF])
+            assert_greedy(results, qwen3("eager", HALF, "cpu"), 2 * TOLERANCE[HALF])
 
 
 def assert_greedy(results: list[Any], model: Any, tie: float) -> None:
@@ -215,7 +215,7 @@ def assert_greedy(results: list[Any], model: Any, tie: float) -> None:
 
 @pytest.mark.usefixtures("batch_invariant_ops")
 class TestBits:
-    """Of a trainer's packed forward pass, where linear layers promise theirs, too."""
+    """Of packed forward passes, as trainers make them, where linear layers promise theirs, too."""
 
     @every_dtype
     @pytest.mark.usefixtures("one_stream")
@@ -232,8 +232,7 @@ class TestBits:
         out = generated(model, cache)
         sequences = [ids[live] for ids, live in zip(out.sequences, whole(LIVE).npu(), strict=True)]
         positions = torch.cat([torch.arange(len(ids)) for ids in sequences])[None].npu()
-        with torch.no_grad():
-            logits = model(torch.cat(sequences)[None], position_ids=positions).logits[0]
+        logits = model.train()(torch.cat(sequences)[None], position_ids=positions).logits[0]
         for i, part in enumerate(logits.split([len(ids) for ids in sequences])):
             got = torch.stack([step[i] for step in out.logits])
             assert torch.equal(got, part[-1 - NEW_TOKENS : -1].float())

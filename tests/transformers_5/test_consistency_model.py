@@ -37,7 +37,7 @@ def test_training_equals_inference(
 ) -> None:
     status, rows = run(model, capsys, "--dtype", dtype)
     assert status == 0
-    assert len(rows) == 22
+    assert len(rows) == 21
     assert rows["log-probabilities"] == "0 of 12 differ"
     assert {share.split()[0] for share in rows.values()} == {"0"}
 

@@ -31,7 +31,7 @@ def test_training_equals_inference(folder: Path) -> None:
     assert printed.count("rollout by vLLM") == 2
     assert printed.count("log-probabilities: 0 of 64 differ\n") == 2
     layers = differing(printed)
-    assert len(layers) == 21
+    assert len(layers) == 20
     assert set(layers.values()) == {0}
 
 
@@ -40,6 +40,6 @@ def test_without_our_operators_it_does_not(folder: Path) -> None:
     status, printed = run(make("qwen3", folder), "--dtype", "bfloat16", "--stock")
     assert status == 1
     layers = differing(printed)
-    assert layers["model.embed_tokens"] == layers["log_softmax"] == 0
+    assert layers["what model.norm takes"] == layers["log_softmax"] == 0
     assert layers["model.layers.*.post_attention_layernorm"] > 0
     assert layers["queries and keys of model.layers.*.self_attn"] > 0

@@ -30,17 +30,18 @@ def compare(arguments: argparse.Namespace, rollout: str, dtype: str) -> bool:
         f"{sum(map(len, made.sequences))} tokens; rollout by {made.made_by}, trainer by "
         f"transformers {transformers.__version__}\n"
     )
-    print(tabulate(rows, ("given the rollout's numbers", "differ", "by"), tablefmt="github"))
-    share, largest = shown(log_probs)
-    print(
-        f"\nlog-probabilities: {share} differ" + (f", by at most {largest}\n" if largest else "\n")
-    )
+    head = ("given the rollout's numbers", "differ", "share", "by at most")
+    print(tabulate(rows, head, tablefmt="github", disable_numparse=True))
+    differ, _, largest = shown(log_probs)
+    print(f"\nlog-probabilities: {differ} differ{largest and f', by at most {largest}'}\n")
     return log_probs.differing > 0
 
 
-def shown(difference: Difference) -> tuple[str, str]:
-    share = f"{difference.differing} of {difference.elements}"
-    return share, f"{difference.largest:.1e}" if difference.differing else ""
+def shown(difference: Difference) -> tuple[str, str, str]:
+    differ = f"{difference.differing} of {difference.elements}"
+    if difference.differing == 0:
+        return differ, "", ""
+    return differ, f"{difference.differing / difference.elements:.1%}", f"{difference.largest:.1e}"
 
 
 def roll_out_by_vllm(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fa3_ops.tools.consistency.model.recording import HEAD, Rollout, Token
+from fa3_ops.tools.consistency.model.recording import HEAD, Rollout, Token, tokens_first
 from fa3_ops.tools.consistency.outcome import Difference
 
 
@@ -116,14 +116,12 @@ class Replay:
 
     def before(self, name: str, taken: Tensor) -> None:
         """What a layer takes is compared where something was computed since the last layer."""
-        if name not in self.rollout.layers or not taken.is_floating_point():
-            return
-        if taken.data_ptr() not in self.placed:
+        if self._knows(name, taken) and taken.data_ptr() not in self.placed:
             inputs = self.rollout.layers[name].inputs
             taken.copy_(self._compare(f"what {kind(name)} takes", name, taken, inputs))
 
     def after(self, name: str, taken: Tensor, given: Tensor) -> Tensor:
-        if name == HEAD or name not in self.rollout.layers:
+        if name == HEAD or not self._knows(name, taken):
             return given
         return self._compare(kind(name), name, given, self.rollout.layers[name].outputs)
 
@@ -144,14 +142,21 @@ class Replay:
         """Those of the head and what the model does behind it; returns the rollout's."""
         return self._compare("logits", HEAD, logits, self.rollout.layers[HEAD].outputs)
 
+    def _knows(self, name: str, taken: Tensor) -> bool:
+        """Embeddings, which vLLM may scale outside, are compared with what the first norm takes."""
+        return name in self.rollout.layers and taken.is_floating_point()
+
     def _compare(self, what: str, name: str, ours: Tensor, theirs: list[Tensor]) -> Tensor:
         """Counts, and returns `ours` with the rollout's numbers in place of its own."""
         rows = self.rollout.rows(self.rollout.layers[name].tokens)
-        flat = ours.reshape(sum(map(len, self.rollout.sequences)), -1).clone()
+        count = sum(map(len, self.rollout.sequences))
+        placed = ours.clone()
+        seen = tokens_first(placed, count)
+        flat = seen.reshape(count, -1)
         recorded = torch.cat(theirs)
         self.differences[what].count(recorded, flat[rows])
         flat[rows] = recorded
-        placed = flat.view(ours.shape)
+        seen.copy_(flat.view(seen.shape))
         self.placed[placed.data_ptr()] = placed
         return placed
 

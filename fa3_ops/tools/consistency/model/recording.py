@@ -12,6 +12,15 @@ Token = tuple[int, int]  # a sequence, and a position in it
 HEAD = "lm_head"  # gives logits
 
 
+def tokens_first(x: Tensor, count: int) -> Tensor:
+    """A view with tokens before heads. Some models norm their heads the other way round, in memory
+    that lies as if they did not."""
+    if x.dim() != 4:
+        return x
+    heads_first = x.shape[1] != count or (x.shape[2] == count and x.stride(1) < x.stride(2))
+    return x.transpose(1, 2) if heads_first else x
+
+
 @dataclass
 class Layer:
     """All calls of a layer: a row is a token."""
@@ -22,8 +31,8 @@ class Layer:
 
     def record(self, tokens: list[Token], taken: Tensor, given: Tensor) -> None:
         self.tokens += tokens
-        self.inputs.append(taken.reshape(len(tokens), -1).clone())
-        self.outputs.append(given.reshape(len(tokens), -1).clone())
+        for calls, x in ((self.inputs, taken), (self.outputs, given)):
+            calls.append(tokens_first(x, len(tokens)).reshape(len(tokens), -1).clone())
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 import transformers
 import verl
 import verl_on_cpu  # noqa: F401
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AttentionInterface
 from transformers.models.qwen3 import modeling_qwen3
@@ -50,13 +50,14 @@ def one_process() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-def engine_of(path: str, dtype: str, **settings: Any) -> Any:
+def engine_of(path: str, dtype: str, lora_rank: int = 0, **settings: Any) -> Any:
     """The engine that veRL's worker makes by such a configuration."""
     model = HFModelConfig(
         path=path,
         load_tokenizer=False,
         external_lib=EXTERNAL_LIB,
         override_config={"attn_implementation": "fa3npu"},
+        lora_rank=lora_rank,
     )
     fsdp = FSDPEngineConfig(
         strategy="fsdp2",
@@ -141,8 +142,8 @@ class TestPlugin:
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("dtype", DTYPES)
 class TestEngine:
+    @pytest.mark.parametrize("dtype", DTYPES)
     def test_bits_of_the_rollout(self, path: str, dtype: str) -> None:
         """Before a training step and behind it, with and without padding removed."""
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -159,6 +160,14 @@ class TestEngine:
                 engine.train_batch(batch_of(sequences, packed=True), loss)
             model.load_state_dict(dict(engine.get_per_tensor_param()[0]))
         assert not torch.equal(trained(engine, sequences, packed=True), log_probs)
+
+    def test_lora(self, path: str) -> None:
+        """Its layers, too: those of seven projections, a pair each beside what they adapt."""
+        engine = engine_of(path, "fp32", lora_rank=4)
+        engine.initialize()
+        linear = [layer for layer in engine.module.modules() if isinstance(layer, nn.Linear)]
+        assert len(linear) == 2 * 7 * 3 + 1
+        assert all(isinstance(layer, batch_invariant.Linear) for layer in linear)
 
 
 @pytest.fixture

@@ -10,8 +10,12 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
 
 
 def in_a_process(
@@ -30,6 +34,14 @@ def in_a_process(
     return json.loads(file.read_text())
 
 
+def load_again(model: torch.nn.Module, weights: Path) -> None:
+    """As a trainer does after each of its steps."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    model.load_weights(load_file(weights).items())
+
+
 def main(model: str, file: str, wishes: str) -> None:
     import conftest  # noqa: F401, for the environment
     from engines import answers, engine, prompts
@@ -38,6 +50,8 @@ def main(model: str, file: str, wishes: str) -> None:
     asked = prompts()[: wished.get("prompts")]
     with engine(Path(model), **wished["settings"]) as llm:
         said = {"batch": answers(llm, asked)}
+        if wished.get("reload"):
+            llm.apply_model(partial(load_again, weights=Path(model, "model.safetensors")))
         if wished.get("alone"):
             llm.reset_prefix_cache()
             said["alone"] = [answers(llm, [prompt])[0] for prompt in asked]

@@ -59,10 +59,11 @@ def test_speculation(model: Path, plain: list[Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "threads"), [("float32", 2), ("bfloat16", 1)])
 def test_the_other_requests(dtype: str, threads: int, model: Path, tmp_path: Path) -> None:
-    """Log-probabilities end to end."""
-    wishes = {"threads": threads, "batch_invariant": True, "prompts": 8, "alone": True}
+    """Log-probabilities end to end, alone with weights that were loaded into the running engine."""
+    wishes = {"threads": threads, "prompts": 8, "reload": True, "alone": True}
     settings = {"dtype": dtype, "logprobs_mode": "raw_logprobs"}
-    said = in_a_process(model, tmp_path / "said", settings=settings, **wishes)
+    file = tmp_path / "said"
+    said = in_a_process(model, file, batch_invariant=True, settings=settings, **wishes)
     same = same_bits(said["batch"], said["alone"])
     print(f"VLLM_BATCH_INVARIANT=1, {dtype}: the same bits alone and in a batch {same} of 8")
     assert same == 8

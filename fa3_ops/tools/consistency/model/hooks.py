@@ -150,12 +150,12 @@ class Replay:
         """Counts, and returns `ours` with the rollout's numbers in place of its own."""
         rows = self.rollout.rows(self.rollout.layers[name].tokens)
         count = sum(map(len, self.rollout.sequences))
-        placed = ours.clone()
-        seen = tokens_first(placed, count)
-        flat = seen.reshape(count, -1)
+        flat = tokens_first(ours, count).reshape(count, -1).clone()
         recorded = torch.cat(theirs)
         self.differences[what].count(recorded, flat[rows])
         flat[rows] = recorded
+        placed = ours.clone()
+        seen = tokens_first(placed, count)
         seen.copy_(flat.view(seen.shape))
         self.placed[placed.data_ptr()] = placed
         return placed

@@ -7,16 +7,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from vllm.model_executor.determinism import batch_invariant
+from vllm.model_executor.determinism import batch_invariant as triton
 from vllm.model_executor.layers import utils as layers
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from fa3_ops.batch_invariant import BatchInvariantMode, linear
+from fa3_ops import batch_invariant
 
 
 class BatchInvariantWorker(CPUWorker):
     def init_device(self) -> None:
-        with _replaced(batch_invariant, "init_batch_invariance", _nothing):  # kernels in Triton
+        with _replaced(triton, "init_batch_invariance", _nothing):
             super().init_device()
 
     def load_model(self, **named: Any) -> None:
@@ -25,11 +25,11 @@ class BatchInvariantWorker(CPUWorker):
             super().load_model(**named)
 
     def execute_model(self, *arguments: Any) -> Any:
-        with BatchInvariantMode():
+        with batch_invariant.BatchInvariantMode():
             return super().execute_model(*arguments)
 
     def sample_tokens(self, *arguments: Any) -> Any:
-        with BatchInvariantMode():
+        with batch_invariant.BatchInvariantMode():
             return super().sample_tokens(*arguments)
 
 
@@ -43,7 +43,7 @@ def _dispatch(packed: Callable[[torch.nn.Module, bool], None]) -> Callable[..., 
 
     def dispatch(layer: Any, remove_weight: bool) -> None:
         if layer.weight.dim() == 2:
-            layer.cpu_linear = linear
+            layer.cpu_linear = batch_invariant.linear
         else:  # of convolutions
             packed(layer, remove_weight)
 

@@ -16,6 +16,7 @@ from fa3_ops import batch_invariant
 
 class BatchInvariantWorker(CPUWorker):
     def init_device(self) -> None:
+        # which would give PyTorch's products over to kernels in Triton
         with _replaced(triton, "init_batch_invariance", _nothing):
             super().init_device()
 

@@ -86,6 +86,19 @@ class TestFlashAttnWithKvcache:
                 device[name].cpu().float(), call[name].float(), rtol=0.01, atol=1e-3, equal_nan=True
             )
 
+    def test_quantises_what_lies_as_channels_last_does(self) -> None:
+        """torch_npu lacks operators for such strides."""
+        q, k, v = (x.permute(0, 3, 1, 2) for x in rand(3, 2, 2, 1, 3, dtype=torch.float16))
+        assert k.is_contiguous(memory_format=torch.channels_last)
+        caches = torch.zeros(2, 2, 4, 2, 1).to(torch.float8_e4m3fn)
+        call = {"q": q, "k_cache": caches[0], "v_cache": caches[1], "k": k, "v": v}
+        call |= {"cache_seqlens": torch.tensor([0, 1], dtype=torch.int32)}
+        device = to_npu(call)
+        out = fa3_ops.flash_attn_with_kvcache(**device)
+        assert_close(out, reference.flash_attn_with_kvcache(**call)[0], torch.float16)
+        for name in ("k_cache", "v_cache"):
+            assert torch.equal(device[name].cpu().float(), call[name].float())
+
 
 class TestKvcacheScatter:
     @pytest.mark.parametrize("backend", [None, "torch"])

@@ -36,7 +36,7 @@ def codes(x: Tensor, dtype: torch.dtype) -> Tensor:
     quantum = _power_of_two(exponent - format.bits)
     code = (exponent - format.lowest) * 2**format.bits + (size / quantum).round().int()
     code = torch.where(x.isnan(), 127, code)
-    # Not x.signbit(): torch_npu has none for strides that PyTorch takes for channels_last.
+    # Not x.signbit(): a device may lack it for strides that PyTorch takes for channels_last.
     return torch.where(x.view(torch.int32) < 0, code + 128, code).to(torch.uint8)
 
 

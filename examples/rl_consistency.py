@@ -323,6 +323,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     below.set_title("Reward: share of vowels")
     below.set_xlabel("iteration")
     below.xaxis.get_major_locator().set_params(integer=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

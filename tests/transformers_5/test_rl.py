@@ -27,7 +27,7 @@ def rl(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_trainer_and_rollout_agree_and_with_sdpa_do_not(
     rl: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    picture = tmp_path / "rl.png"
+    picture = tmp_path / "build" / "rl.png"
     assert rl.main([*SMALL, "--picture", str(picture)]) == 0
     (row,) = re.findall(r"^log-probs that differ +(.*)$", capsys.readouterr().out, re.MULTILINE)
     differing, tokens = zip(

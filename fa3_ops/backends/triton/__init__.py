@@ -1,0 +1,4 @@
+"""Triton: kernels written once, for every device that has a Triton.
+
+Importing this imports no Triton; the kernels are imported when the first call wants them.
+"""

@@ -1,0 +1,43 @@
+"""How a block of keys or values is loaded from where it lies."""
+
+import triton
+import triton.language as tl
+
+from fa3_ops.backends.triton.kernels.sequences import bounded
+
+# How k and v lie: rows one behind the other; pages, each of which holds whole blocks; other pages.
+ROWS = tl.constexpr(0)
+BLOCKS = tl.constexpr(1)
+PAGES = tl.constexpr(2)
+
+
+@triton.jit
+def load_block(
+    base, pages, block, shift, low, high, stride, page_stride, num_pages, capacity, column, width,
+    LAYOUT: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr,
+    EVEN: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_N, DIM) of the rows of positions block, block + 1, ..., zeros (if MASKED) outside of
+    low..high, and behind `width` columns (unless EVEN). Row = position + shift."""
+    at = tl.arange(0, BLOCK_N)
+    position = block + at
+    if LAYOUT == ROWS:
+        offset = (position + shift).to(tl.int64) * stride
+    elif LAYOUT == BLOCKS:
+        page = bounded(tl.load(pages + block // PAGE_SIZE), 0, num_pages - 1).to(tl.int64)
+        offset = page * page_stride + (block % PAGE_SIZE + at) * stride
+    else:
+        row = bounded(position + shift, 0, capacity - 1)
+        page = bounded(tl.load(pages + row // PAGE_SIZE), 0, num_pages - 1).to(tl.int64)
+        offset = page * page_stride + (row % PAGE_SIZE) * stride
+    pointer = base + offset[:, None] + (column + tl.arange(0, DIM))[None, :]
+    seen = ((position >= low) & (position < high))[:, None]
+    inside = (column + tl.arange(0, DIM) < width)[None, :]
+    if MASKED and EVEN:
+        return tl.load(pointer, mask=seen, other=0.0)
+    elif MASKED:
+        return tl.load(pointer, mask=seen & inside, other=0.0)
+    elif EVEN:
+        return tl.load(pointer)
+    else:
+        return tl.load(pointer, mask=inside, other=0.0)

@@ -1,0 +1,15 @@
+"""How a kernel is started, the same on every device and in Triton's interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def launch(
+    kernel: Any, grid: int, *args: Any, num_warps: int = 4, num_stages: int = 1, **constexprs: Any
+) -> None:
+    """kernel, a triton.jit function, on a grid of one dimension. Multiply-adds are fused where the
+    source says so and nowhere else."""
+    kernel[(grid,)](
+        *args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False, **constexprs
+    )

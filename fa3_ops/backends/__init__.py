@@ -43,9 +43,9 @@ __all__ = [
 
 def register() -> None:
     """The devices that this package has backends for."""
-    from fa3_ops.backends import cpu, npu
+    from fa3_ops.backends import cpu, cuda, npu
 
-    for device in (cpu.CPU, npu.NPU):
+    for device in (cpu.CPU, cuda.CUDA, npu.NPU):
         devices.add(device)
         if device.key is not None:
             dispatch.serve_by_python(device)

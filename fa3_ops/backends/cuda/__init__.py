@@ -1,1 +1,42 @@
-"""CUDA."""
+"""CUDA. Importing this touches no device and needs no Triton.
+
+docs/cuda.md says which kernel serves which call.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fa3_ops.backends import torch_ops, triton
+from fa3_ops.backends.call import (
+    Append,
+    Attention,
+    Combination,
+    Gradient,
+    Linear,
+    Rotation,
+    Scatter,
+)
+from fa3_ops.backends.devices import Device
+
+
+def capturing(at: torch.device) -> bool:
+    """Whether the current stream of a device records a graph."""
+    with torch.cuda.device(at):
+        return torch.cuda.is_current_stream_capturing()
+
+
+CUDA = Device(
+    "cuda",
+    key="CUDA",
+    capturing=capturing,
+    backends={
+        Attention: [triton.TritonAttention(), torch_ops.TorchAttention()],
+        Gradient: [torch_ops.TorchGradient()],
+        Append: [torch_ops.TorchWrites()],
+        Scatter: [torch_ops.TorchWrites()],
+        Linear: [torch_ops.TorchLinear()],
+        Rotation: [torch_ops.TorchRotation()],
+        Combination: [torch_ops.TorchCombination()],
+    },
+)

@@ -2,3 +2,7 @@
 
 Importing this imports no Triton; the kernels are imported when the first call wants them.
 """
+
+from fa3_ops.backends.triton.attention import TritonAttention
+
+__all__ = ["TritonAttention"]

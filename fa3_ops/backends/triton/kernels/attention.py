@@ -43,6 +43,15 @@ def tile_of(work, batch_size, nheads_k, tiles, num_chunks, NEIGHBOURS: tl.conste
 
 
 @triton.jit
+def chunk_of(low, high, chunk, num_chunks, CHUNK: tl.constexpr):
+    """The positions of a chunk among low..high, which touch at most num_chunks of them: the one
+    whose number in the sequence is `chunk` modulo num_chunks."""
+    lowest = low // CHUNK
+    number = lowest + (chunk - lowest % num_chunks + num_chunks) % num_chunks
+    return tl.maximum(low, number * CHUNK), tl.minimum(high, number * CHUNK + CHUNK)
+
+
+@triton.jit
 def load_rows(
     x, token, head, exists, row_stride, head_stride, column, width,
     DIM: tl.constexpr, COMPUTE: tl.constexpr,
@@ -90,11 +99,11 @@ def store_rows(x, at, exists, rows, WIDTH: tl.constexpr, DIM: tl.constexpr):
 
 @triton.jit
 def store_part(
-    part_out, part_ml, at, exists, m, l, acc, HEADDIM_V: tl.constexpr, DIM_V: tl.constexpr
+    part_out, part_ml, at, exists, m, total, acc, HEADDIM_V: tl.constexpr, DIM_V: tl.constexpr
 ):
     store_rows(part_out, at, exists, acc, HEADDIM_V, DIM_V)
     tl.store(part_ml + at * 2, m, mask=exists)
-    tl.store(part_ml + at * 2 + 1, l, mask=exists)
+    tl.store(part_ml + at * 2 + 1, total, mask=exists)
 
 
 @triton.jit
@@ -103,8 +112,8 @@ def load_part(part_out, part_ml, at, exists, HEADDIM_V: tl.constexpr, DIM_V: tl.
     columns = tl.arange(0, DIM_V)[None, :]
     mask = exists[:, None] & (columns < HEADDIM_V)
     m = tl.load(part_ml + at * 2, mask=exists, other=NONE)
-    l = tl.load(part_ml + at * 2 + 1, mask=exists, other=0.0)
-    return m, l, tl.load(part_out + at[:, None] * HEADDIM_V + columns, mask=mask, other=0.0)
+    total = tl.load(part_ml + at * 2 + 1, mask=exists, other=0.0)
+    return m, total, tl.load(part_out + at[:, None] * HEADDIM_V + columns, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -112,7 +121,7 @@ def factors(
     b, head_k, softmax_scale, q_descale, k_descale, v_descale, qd_batch, qd_head, kd_batch, kd_head,
     vd_batch, vd_head, TRANSFORMED: tl.constexpr,
 ):
-    """(what scores are multiplied by before they are transformed, and after it; what values are)."""
+    """(what scores are multiplied by to be transformed, and then; what values are)."""
     scale = softmax_scale
     v_scale = 1.0
     if q_descale is not None:
@@ -150,7 +159,7 @@ def keys_of(
 @triton.jit
 def attend_block(
     q, q_rest, qv, k, v, pages, block, shift, low, high, begin, stop, diagonal, slope,
-    k_row, k_page, v_row, v_page, num_pages, capacity, scale, softcap, c, m, l, acc,
+    k_row, k_page, v_row, v_page, num_pages, capacity, scale, softcap, c, m, total, acc,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, DIM: tl.constexpr, DIM_REST: tl.constexpr,
     DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr, LAYOUT: tl.constexpr,
     PAGE_SIZE: tl.constexpr, TRANSFORMED: tl.constexpr, MASKED: tl.constexpr,
@@ -184,13 +193,13 @@ def attend_block(
     if MASKED:
         seen = (position >= begin[:, None]) & (position < stop[:, None])
         scores = tl.where(seen, scores, float("-inf"))
-    p, m, l, alpha = weights(scores, m, l, c)
+    p, m, total, alpha = weights(scores, m, total, c)
     if qv is None:
         values = load_block(
             v, pages, block, shift, low, high, v_row, v_page, num_pages, capacity, 0, HEADDIM_V,
             LAYOUT, PAGE_SIZE, BLOCK_N, DIM_V, HEADDIM_V == DIM_V, MASKED,
         ).to(COMPUTE)
-    return m, l, tl.dot(p.to(COMPUTE), values, acc * alpha[:, None], input_precision="ieee")
+    return m, total, tl.dot(p.to(COMPUTE), values, acc * alpha[:, None], input_precision="ieee")
 
 
 @triton.jit
@@ -224,23 +233,23 @@ def attend(
     full = block_of_low + tl.maximum(full - block_of_low, 0) // BLOCK_N * BLOCK_N
     if LOWER:
         full = block_of_low
-    m_all, l_all, acc_all = empty_state(BLOCK_M, DIM_V)
-    m, l, acc = empty_state(BLOCK_M, DIM_V)
+    m_all, total_all, acc_all = empty_state(BLOCK_M, DIM_V)
+    m, total, acc = empty_state(BLOCK_M, DIM_V)
     for MASKED in tl.static_range(1 if LOWER else 0, 2):
         for block in range(full if MASKED else block_of_low, high if MASKED else full, BLOCK_N):
             if FOLD:
                 if block % CHUNK == 0:
-                    m_all, l_all, acc_all = merge(m_all, l_all, acc_all, m, l, acc, c)
-                    m, l, acc = empty_state(BLOCK_M, DIM_V)
-            m, l, acc = attend_block(
+                    m_all, total_all, acc_all = merge(m_all, total_all, acc_all, m, total, acc, c)
+                    m, total, acc = empty_state(BLOCK_M, DIM_V)
+            m, total, acc = attend_block(
                 q_tile, q_rest, qv_tile, k, v, pages, block, shift, low, high, begin, stop,
                 diagonal, slope, k_row, k_page, v_row, v_page, num_pages, capacity,
-                scale, softcap, c, m, l, acc, HEADDIM, HEADDIM_V, DIM, DIM_REST, DIM_V, BLOCK_N,
+                scale, softcap, c, m, total, acc, HEADDIM, HEADDIM_V, DIM, DIM_REST, DIM_V, BLOCK_N,
                 COMPUTE, LAYOUT, PAGE_SIZE, TRANSFORMED, MASKED == 1,
             )
     if FOLD:
-        m, l, acc = merge(m_all, l_all, acc_all, m, l, acc, c)
-    return m, l, acc
+        m, total, acc = merge(m_all, total_all, acc_all, m, total, acc, c)
+    return m, total, acc
 
 
 @triton.jit(do_not_specialize=[
@@ -277,15 +286,13 @@ def attention(
             window_left, window_right, attention_chunk,
         )
         if SPLIT:
-            low = tl.maximum(low, chunk * CHUNK)
-            high = tl.minimum(high, chunk * CHUNK + CHUNK)
+            low, high = chunk_of(low, high, chunk, num_chunks, CHUNK)
             full = tl.minimum(full, high)
         token = (tile * BLOCK_M + tl.arange(0, BLOCK_M)) // GROUP
         head = head_k * GROUP + (tile * BLOCK_M + tl.arange(0, BLOCK_M)) % GROUP
-        exists = token < (seqlen_q if cu_seqlens_q is None else rows)
-        if (tile * BLOCK_M // GROUP < (seqlen_q if cu_seqlens_q is None else rows)) and (
-            low < high or not SPLIT
-        ):
+        rows_of_out = seqlen_q if cu_seqlens_q is None else rows
+        exists = token < rows_of_out
+        if (tile * BLOCK_M // GROUP < rows_of_out) & ((low < high) | (not SPLIT)):
             scale, c, v_scale = factors(
                 b, head_k, softmax_scale, q_descale, k_descale, v_descale,
                 qd_batch, qd_head, kd_batch, kd_head, vd_batch, vd_head, TRANSFORMED,
@@ -294,7 +301,7 @@ def attention(
                 k, v, b, head_k, entries, cu_seqlens_k, cache_batch_idx, page_table,
                 k_batch, k_head, v_batch, v_head, table_row,
             )
-            m, l, acc = attend(
+            m, total, acc = attend(
                 rows_at(q, b, row, q_batch, q_row, cu_seqlens_q),
                 rows_at(qv, b, row, qv_batch, qv_row, cu_seqlens_q),
                 kb, vb, pages, rows_at(alibi_slopes, b, 0, alibi_batch, 0, None),
@@ -308,15 +315,13 @@ def attention(
             at = (first_row(b, row, seqlen_q, cu_seqlens_q) + token).to(tl.int64) * nheads + head
             if SPLIT:
                 store_part(
-                    part_out, part_ml, at * num_chunks + chunk, exists, m, l, acc, HEADDIM_V, DIM_V
+                    part_out, part_ml, at * num_chunks + chunk, exists, m, total, acc, HEADDIM_V, DIM_V
                 )
             else:
-                acc, lse = finish(m, l, acc, c, sinks, head, exists, v_scale)
+                acc, lse = finish(m, total, acc, c, sinks, head, exists, v_scale)
                 store_rows(out, at, exists, acc, HEADDIM_V, DIM_V)
-                tl.store(
-                    softmax_lse + lse_at(b, row, token, head, nheads, seqlen_q, total_q, cu_seqlens_q),
-                    lse, mask=exists,
-                )
+                at = lse_at(b, row, token, head, nheads, seqlen_q, total_q, cu_seqlens_q)
+                tl.store(softmax_lse + at, lse, mask=exists)
 
 
 @triton.jit(do_not_specialize=[
@@ -353,18 +358,16 @@ def combine(
                 qd_batch, qd_head, kd_batch, kd_head, vd_batch, vd_head, TRANSFORMED,
             )
             at = (first_row(b, row, seqlen_q, cu_seqlens_q) + token).to(tl.int64) * nheads + head
-            m, l, acc = empty_state(HEADS, DIM_V)
+            m, total, acc = empty_state(HEADS, DIM_V)
             last_chunk = tl.where(low < high, (high + CHUNK - 1) // CHUNK, 0)
             for chunk in range(low // CHUNK, last_chunk, UNROLL):
                 for i in tl.static_range(UNROLL):
-                    m_next, l_next, acc_next = load_part(
-                        part_out, part_ml, at * num_chunks + chunk + i,
+                    m_next, total_next, acc_next = load_part(
+                        part_out, part_ml, at * num_chunks + (chunk + i) % num_chunks,
                         exists & (chunk + i < last_chunk), HEADDIM_V, DIM_V,
                     )
-                    m, l, acc = merge(m, l, acc, m_next, l_next, acc_next, c)
-            acc, lse = finish(m, l, acc, c, sinks, head, exists, v_scale)
+                    m, total, acc = merge(m, total, acc, m_next, total_next, acc_next, c)
+            acc, lse = finish(m, total, acc, c, sinks, head, exists, v_scale)
             store_rows(out, at, exists, acc, HEADDIM_V, DIM_V)
-            tl.store(
-                softmax_lse + lse_at(b, row, token, head, nheads, seqlen_q, total_q, cu_seqlens_q),
-                lse, mask=exists,
-            )
+            at = lse_at(b, row, token, head, nheads, seqlen_q, total_q, cu_seqlens_q)
+            tl.store(softmax_lse + at, lse, mask=exists)

@@ -37,8 +37,8 @@ def query_rows(b, seqlen_q, total_q, cu_seqlens_q, seqused_q):
 @triton.jit
 def key_rows(b, capacity, cu_seqlens_k, seqused_k, cache_leftpad, cache_start):
     """(row of position 0, first position, end of positions) of sequence b. Rows count from the
-    start of a batch entry, of a row of the page table, or of packed k of `capacity` rows. Position 0
-    lies before all rows where old keys were dropped."""
+    start of a batch entry, of a row of the page table, or of packed k of `capacity` rows. Where old
+    keys were dropped, position 0 lies before all rows."""
     begin = 0
     used = capacity
     if cu_seqlens_k is not None:

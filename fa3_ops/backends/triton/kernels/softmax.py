@@ -1,8 +1,8 @@
 """The online softmax, and the partial results it sums.
 
-The state of a row is its greatest score m, its sum l and its unscaled output acc. Weights are powers
-of 2: c is what a score is multiplied by for it, softmax_scale * log2(e) or log2(e). All rounding is
-written out, so that equal rows have equal bits wherever a tile has them.
+The state of a row is its greatest score m, the total of its weights and its unscaled output acc.
+Weights are powers of 2: c is what a score is multiplied by for it, softmax_scale * log2(e) or
+log2(e). All rounding is written out, so that equal rows have equal bits wherever a tile has them.
 """
 
 import triton
@@ -20,40 +20,42 @@ def empty_state(BLOCK_M: tl.constexpr, DIM_V: tl.constexpr):
 
 
 @triton.jit
-def weights(scores, m, l, c):
+def weights(scores, m, total, c):
     """Of a block of scores, -inf where a key is not seen. A block without any changes nothing."""
     greatest = tl.maximum(m, tl.max(scores, 1))
     shift = tl.broadcast_to((-greatest * c)[:, None], scores.shape)
     p = tl.exp2(tl.fma(scores, tl.full(scores.shape, c, tl.float32), shift))
     alpha = tl.exp2((m - greatest) * c)
-    return p, greatest, tl.fma(l, alpha, tl.sum(p, 1)), alpha
+    return p, greatest, tl.fma(total, alpha, tl.sum(p, 1)), alpha
 
 
 @triton.jit
-def merge(m, l, acc, m_next, l_next, acc_next, c):
+def merge(m, total, acc, m_next, total_next, acc_next, c):
     """The state of two runs of keys, of which the second follows the first."""
     greatest = tl.maximum(m, m_next)
     a = tl.exp2((m - greatest) * c)
     b = tl.exp2((m_next - greatest) * c)
     acc = tl.fma(acc, tl.broadcast_to(a[:, None], acc.shape), acc_next * b[:, None])
-    return greatest, tl.fma(l, a, l_next * b), acc
+    return greatest, tl.fma(total, a, total_next * b), acc
 
 
 @triton.jit
-def finish(m, l, acc, c, sinks, head, exists, v_scale):
+def finish(m, total, acc, c, sinks, head, exists, v_scale):
     """out and softmax_lse of a state. A sink is one more key, without a value."""
-    blind = l == 0
+    blind = total == 0
     m = m * c
-    scale = v_scale + tl.zeros_like(l)
+    scale = v_scale + tl.zeros_like(total)
     if sinks is not None:
         sink = tl.load(sinks + head, mask=exists, other=0.0).to(tl.float32) * LOG2E
         greatest = tl.maximum(m, sink)
         alpha = tl.exp2(m - greatest)
-        l = tl.fma(l, alpha, tl.where(sink == greatest, 1.0, tl.exp2(sink - greatest)))
+        total = tl.fma(total, alpha, tl.where(sink == greatest, 1.0, tl.exp2(sink - greatest)))
         scale = scale * alpha
         m = greatest
-    scale = tl.where(blind, 0.0, scale / tl.where(blind, 1.0, l))
-    lse = tl.where(blind, float("-inf"), tl.fma(m, LN2 + tl.zeros_like(m), tl.log(l)))
+    total = tl.where(blind, 1.0, total)
+    scale = tl.where(blind, 0.0, scale / total)
+    lse = tl.fma(m, LN2 + tl.zeros_like(m), tl.log(total))
+    lse = tl.where(blind, float("-inf"), lse)
     return acc * scale[:, None], lse
 
 

@@ -1,0 +1,222 @@
+"""Attention by Triton: every feature of the CPU kernel, from lengths that stay on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fa3_ops.backends.backend import Backend, Run
+from fa3_ops.backends.call import Attention
+from fa3_ops.backends.triton.device import processors, programs, reasons_against
+from fa3_ops.backends.triton.launch import launch
+from fa3_ops.backends.triton.schedule import (
+    CHUNK,
+    Schedule,
+    Tile,
+    parts_of,
+    power_of_two,
+    schedule,
+    tile_of,
+)
+
+TENSORS = (
+    *("q", "k", "v", "qv"),
+    *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "cache_batch_idx"),
+    *("cache_leftpad", "cache_start", "page_table", "alibi_slopes", "sinks"),
+)
+ROWS, BLOCKS, PAGES = range(3)  # how k and v lie, as kernels/keys.py has it
+NEIGHBOURS = 8  # pairs of sequence and KV head that are at work together
+MERGED_HEADS = 4  # heads of a group that one program of `combine` merges at most
+UNROLL = 8  # chunks that it loads at once
+
+
+class TritonAttention(Backend[Attention]):
+    name = "triton"
+
+    def not_supported_reasons(self, request: Attention, run: Run) -> list[str]:
+        return reasons_against(request.q.dtype)
+
+    def is_bitwise(self, request: Attention, run: Run) -> bool:
+        return True
+
+    def lower(self, request: Attention, run: Run) -> Attention:
+        """The kernel reads any strides but the last dimension's."""
+        given = ((name, getattr(request, name)) for name in TENSORS)
+        strided = {name: t.contiguous() for name, t in given if t is not None and t.stride(-1) != 1}
+        return replace(request, **strided) if strided else request
+
+    def launch(self, request: Attention, lowered: Attention, run: Run) -> tuple[Tensor, Tensor]:
+        return attend(lowered)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the shapes of a call decide."""
+
+    tile: Tile
+    schedule: Schedule
+    capacity: int  # keys that a sequence has room for, or rows of packed k
+    num_chunks: int  # that a tile of rows touches at most, where they are work items
+    tiles: int  # of rows, of each sequence and KV head
+
+    @staticmethod
+    def of(call: Attention) -> Work:
+        group = call.nheads // call.nheads_k
+        tile = tile_of(call.q.dtype, call.headdim, call.headdim_v)
+        tiles = -(-call.seqlen_q * group // tile.block_m)
+        capacity = longest = call.k.shape[0 if call.cu_seqlens_k is not None else 1]
+        if call.page_table is not None:
+            capacity = longest = capacity * call.page_table.shape[1]
+        if call.cu_seqlens_k is not None:
+            longest = min(call.max_seqlen_k or 0, capacity)
+        num_chunks = chunks_of_a_tile(call, longest, -(-tile.block_m // group))
+        plan = schedule(
+            tile,
+            tiles * call.batch_size * call.nheads_k,
+            num_chunks,
+            processors(call.q.device),
+            tiles == 1,
+            call.q.shape[:-1].numel() * call.headdim_v,
+        )
+        return Work(tile, plan, capacity, num_chunks if plan.split else 1, tiles)
+
+
+def chunks_of_a_tile(call: Attention, capacity: int, tokens: int) -> int:
+    """How many chunks the keys can touch that `tokens` neighbouring rows see."""
+    left, right = call.window_size
+    chunks = -(-capacity // CHUNK) + (call.cache_start is not None)
+    for span in (
+        left + right + 1 if min(left, right) >= 0 else None,
+        call.attention_chunk or None,
+    ):
+        if span is not None:
+            chunks = min(chunks, -(-(span + tokens) // CHUNK) + 1)
+    return max(chunks, 1)
+
+
+def layout_of(call: Attention, block_n: int) -> int:
+    if call.page_table is None:
+        return ROWS
+    moved = call.cache_leftpad is not None or call.cache_start is not None
+    return BLOCKS if call.k.shape[1] % block_n == 0 and not moved else PAGES
+
+
+def results(call: Attention) -> tuple[Tensor, Tensor]:
+    """out and softmax_lse. Packed rows that belong to no sequence are in no tile."""
+    *batch, rows, nheads, _ = call.q.shape
+    out_shape, lse_shape = (*batch, rows, nheads, call.headdim_v), (*batch, nheads, rows)
+    if call.cu_seqlens_q is None:
+        out = call.q.new_empty(out_shape, dtype=call.out_dtype)
+        return out, call.q.new_empty(lse_shape, dtype=torch.float32)
+    out = call.q.new_zeros(out_shape, dtype=call.out_dtype)
+    return out, call.q.new_full(lse_shape, float("-inf"), dtype=torch.float32)
+
+
+def attend(call: Attention) -> tuple[Tensor, Tensor]:
+    from fa3_ops.backends.triton.kernels.attention import attention, combine
+
+    work = Work.of(call)
+    out, lse = results(call)
+    group = call.nheads // call.nheads_k
+    part_out = part_ml = None
+    if work.schedule.split:
+        parts = call.q.shape[:-1].numel() * work.num_chunks
+        part_out = call.q.new_empty((parts, call.headdim_v), dtype=torch.float32)
+        part_ml = call.q.new_empty((parts, 2), dtype=torch.float32)
+    softcap = call.softcap or None
+    left, right = (None if n < 0 else n for n in call.window_size)
+    limits = (left, right, call.attention_chunk or None)
+    descales = tuple(_by_head(call, x) for x in (call.q_descale, call.k_descale, call.v_descale))
+    descale_strides = tuple(n for x in descales for n in ((0, 0) if x is None else x.stride()))
+    slopes = call.alibi_slopes
+    assert call.softmax_scale is not None
+    constexprs: dict[str, Any] = {
+        "GROUP": group,
+        "HEADDIM_V": call.headdim_v,
+        "DIM_V": power_of_two(call.headdim_v),
+        "CHUNK": CHUNK,
+        "TRANSFORMED": softcap is not None
+        or slopes is not None
+        or any(x is not None for x in descales[:2])
+        or call.softmax_scale <= 0,
+    }
+    lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k)
+    total_q = call.q.shape[0]
+    items = work.tiles * call.batch_size * call.nheads_k * work.num_chunks
+    dim, dim_rest = parts_of(call.headdim)
+    launch(
+        attention,
+        programs(items, call.q.device),
+        *(call.q, call.k, call.v, call.qv, out, lse, part_out, part_ml),
+        *lengths,
+        *(call.cache_batch_idx, call.cache_leftpad, call.cache_start, call.page_table),
+        *(*descales, slopes, call.sinks),
+        *(call.batch_size, call.seqlen_q, total_q, work.capacity),
+        *(_entries(call), call.k.shape[0], work.tiles, work.num_chunks, items),
+        *(call.softmax_scale, softcap, *limits),
+        *(*_strides(call.q), *_strides(call.qv), *_strides(call.k), *_strides(call.v)),
+        0 if call.page_table is None else call.page_table.stride(0),
+        *descale_strides,
+        slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
+        call.nheads_k,
+        HEADDIM=call.headdim,
+        DIM=dim,
+        DIM_REST=dim_rest,
+        BLOCK_M=work.tile.block_m,
+        BLOCK_N=work.tile.block_n,
+        COMPUTE=_compute_type(call.q.dtype),
+        LAYOUT=layout_of(call, work.tile.block_n),
+        PAGE_SIZE=1 if call.page_table is None else call.k.shape[1],
+        SPLIT=work.schedule.split,
+        FOLD=not work.schedule.split and work.capacity > CHUNK,
+        NEIGHBOURS=NEIGHBOURS,
+        num_warps=work.tile.num_warps,
+        num_stages=work.schedule.num_stages,
+        **constexprs,
+    )
+    if part_out is not None:
+        heads = min(MERGED_HEADS, 1 << (group - 1).bit_length())
+        items = call.batch_size * call.seqlen_q * call.nheads_k * -(-group // heads)
+        launch(
+            combine,
+            programs(items, call.q.device),
+            *(part_out, part_ml, out, lse, *lengths, call.cache_leftpad, call.cache_start),
+            *(*descales, call.sinks),
+            *(call.seqlen_q, total_q, work.capacity, work.num_chunks, items),
+            *(call.softmax_scale, *limits, *descale_strides, call.nheads_k),
+            HEADS=heads,
+            UNROLL=UNROLL,
+            num_warps=1,
+            **constexprs,
+        )
+    return out, lse
+
+
+def _strides(x: Tensor | None) -> tuple[int, int, int]:
+    """Of (batch entry or page, row, head)."""
+    if x is None:
+        return 0, 0, 0
+    *batch, row, head, _ = x.stride()
+    return batch[0] if batch else 0, row, head
+
+
+def _entries(call: Attention) -> int:
+    return (call.k if call.page_table is None else call.page_table).shape[0]
+
+
+def _by_head(call: Attention, descale: Tensor | None) -> Tensor | None:
+    """A descale as (batch_size, nheads_k); only what has 8 bits has one."""
+    if descale is None or not call.is_narrow:
+        return None
+    return descale.expand(call.batch_size, call.nheads_k)
+
+
+def _compute_type(dtype: torch.dtype) -> Any:
+    """What products are made of. float16 holds every FP8 number, and weights more exactly."""
+    import triton.language as tl
+
+    types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+    return types.get(dtype, tl.float16)

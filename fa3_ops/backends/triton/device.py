@@ -1,0 +1,32 @@
+"""What the kernels have to know of a device."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+
+
+@functools.cache
+def missing() -> list[str]:
+    return [] if importlib.util.find_spec("triton") else ["triton is not installed"]
+
+
+def reasons_against(dtype: torch.dtype) -> list[str]:
+    return missing() if dtype in DTYPES else [*missing(), f"dtype {dtype}"]
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Of which each works off a tile at a time, or a few."""
+    if device.type == "cpu":
+        return 1  # Triton's interpreter
+    return int(torch.get_device_module(device).get_device_properties(device).multi_processor_count)
+
+
+def programs(items: int, device: torch.device) -> int:
+    """How many programs share the work items."""
+    return items

@@ -1,0 +1,94 @@
+"""Attention on a GPU by Triton: random calls against the reference, recordings, bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import moved
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import RELATIVE, dense_calls, examples, hide_pages, kvcache_calls, varlen_calls
+from torch import Tensor
+
+import fa3_ops
+from fa3_ops import reference
+from fa3_ops.testing import FunctionCall, recorded_calls
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+HEADDIMS = st.sampled_from([(16, 16), (40, 24), (64, 64), (96, 96), (128, 128), (192, 128)])
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, coarse: float = 0.0) -> None:
+    """Within the rounding of P, the result and float32 sums."""
+    slack = {torch.float32: 3e-5, torch.bfloat16: 5 * 2.0**-9}.get(dtype, 5 * 2.0**-12)
+    slack = max(slack, coarse)
+    assert got.shape == want.shape
+    assert not got.isnan().any()
+    rtol = 2 * RELATIVE[dtype]
+    torch.testing.assert_close(got.double().cpu(), want, rtol=rtol, atol=slack)
+
+
+def assert_lse(got: Tensor, want: Tensor, coarse: float = 0.0) -> None:
+    torch.testing.assert_close(got.double().cpu(), want, rtol=1e-5, atol=max(1e-4, coarse))
+
+
+@pytest.fixture(autouse=True)
+def only_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FA3NPU_STRICT", "1")
+
+
+class TestRandomCalls:
+    @examples(150)
+    @given(dense_calls(DTYPES, HEADDIMS))
+    def test_dense(self, call: dict[str, Any]) -> None:
+        want_out, want_lse = reference.batched(**call)
+        out, lse = fa3_ops.flash_attn_func(**moved(call), return_attn_probs=True)
+        assert_close(out, want_out, call["q"].dtype)
+        assert_lse(lse, want_lse)
+
+    @examples(150)
+    @given(varlen_calls(DTYPES, HEADDIMS))
+    def test_varlen(self, call: dict[str, Any]) -> None:
+        want_out, want_lse = reference.batched(**call)
+        lengths = {"max_seqlen_q": 40, "max_seqlen_k": 70}
+        call = moved(call) | lengths
+        out, lse = fa3_ops.flash_attn_varlen_func(**call, return_attn_probs=True)
+        assert_close(out, want_out, call["q"].dtype)
+        assert_lse(lse, want_lse)
+
+    @examples(150)
+    @given(kvcache_calls(DTYPES, HEADDIMS))
+    def test_kvcache(self, call: dict[str, Any]) -> None:
+        hide_pages(call)
+        ours = moved(call)
+        call.pop("max_seqlen_q", None)
+        want_out, want_lse = reference.flash_attn_with_kvcache(**call)
+        out, lse = fa3_ops.flash_attn_with_kvcache(**ours, return_softmax_lse=True)
+        # A rotated vector may round the other way: one ulp of it moves a score.
+        half = call["q"].dtype.itemsize <= 2 and "rotary_cos" in call
+        coarse = {2: 0.05, 1: 0.5}[call["q"].dtype.itemsize] if half else 0.0
+        assert_close(out, want_out, call["q"].dtype, coarse)
+        assert_lse(lse, want_lse, coarse)
+        ulp = torch.finfo(call["q"].dtype).eps if "rotary_cos" in call else 0.0
+        for name in ("k_cache", "v_cache"):
+            got, want = ours[name].double().cpu(), call[name].double()
+            torch.testing.assert_close(got, want, rtol=ulp, atol=4 * ulp, equal_nan=True)
+
+
+CASES = [
+    call
+    for name in ("fa3", "fa2_alibi")
+    for call in recorded_calls(GOLDEN / f"{name}.safetensors")
+]
+
+
+@pytest.mark.parametrize("call", CASES, ids=lambda call: call.name)
+def test_as_exact_as_the_recorded_kernel(call: FunctionCall) -> None:
+    arguments = moved(call.fresh())
+    out, softmax_lse = call.function(**arguments)
+    on_cpu = {n: x.cpu() if isinstance(x, Tensor) else x for n, x in arguments.items()}
+    assert call.disagreements(out.cpu(), softmax_lse.cpu(), on_cpu) == []

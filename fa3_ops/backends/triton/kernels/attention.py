@@ -65,11 +65,10 @@ def load_rows(
 @triton.jit
 def rows_at(x, b, row, batch_stride, row_stride, cu_seqlens):
     """Where the rows of sequence b begin."""
-    if x is not None:
-        if cu_seqlens is None:
-            x += b.to(tl.int64) * batch_stride
-        else:
-            x += row.to(tl.int64) * row_stride
+    if cu_seqlens is None:
+        x += b.to(tl.int64) * batch_stride
+    else:
+        x += row.to(tl.int64) * row_stride
     return x
 
 
@@ -137,23 +136,12 @@ def factors(
 
 
 @triton.jit
-def keys_of(
-    k, v, b, head_k, entries, cu_seqlens_k, cache_batch_idx, page_table,
-    k_batch, k_head, v_batch, v_head, table_row,
-):
-    """Where k, v and the page ids of a sequence begin."""
+def entry_of(b, entries, cache_batch_idx):
+    """The batch entry of k and v, or the row of the page table, of sequence b."""
     entry = b
     if cache_batch_idx is not None:
         entry = bounded(tl.load(cache_batch_idx + b), 0, entries - 1)
-    k += head_k * k_head
-    v += head_k * v_head
-    pages = page_table
-    if page_table is not None:
-        pages = page_table + entry.to(tl.int64) * table_row
-    elif cu_seqlens_k is None:
-        k += entry.to(tl.int64) * k_batch
-        v += entry.to(tl.int64) * v_batch
-    return k, v, pages
+    return entry.to(tl.int64)
 
 
 @triton.jit
@@ -297,17 +285,26 @@ def attention(
                 b, head_k, softmax_scale, q_descale, k_descale, v_descale,
                 qd_batch, qd_head, kd_batch, kd_head, vd_batch, vd_head, TRANSFORMED,
             )
-            kb, vb, pages = keys_of(
-                k, v, b, head_k, entries, cu_seqlens_k, cache_batch_idx, page_table,
-                k_batch, k_head, v_batch, v_head, table_row,
-            )
+            entry = entry_of(b, entries, cache_batch_idx)
+            k_rows = k + head_k * k_head
+            v_rows = v + head_k * v_head
+            pages = page_table
+            if page_table is not None:
+                pages = page_table + entry * table_row
+            elif cu_seqlens_k is None:
+                k_rows += entry * k_batch
+                v_rows += entry * v_batch
+            qv_rows = qv
+            if qv is not None:
+                qv_rows = rows_at(qv, b, row, qv_batch, qv_row, cu_seqlens_q)
+            slopes = alibi_slopes
+            if alibi_slopes is not None:
+                slopes = alibi_slopes + b * alibi_batch
             m, total, acc = attend(
-                rows_at(q, b, row, q_batch, q_row, cu_seqlens_q),
-                rows_at(qv, b, row, qv_batch, qv_row, cu_seqlens_q),
-                kb, vb, pages, rows_at(alibi_slopes, b, 0, alibi_batch, 0, None),
-                token, head, exists, rows, shift, first, end, low, full, high,
-                window_left, window_right, attention_chunk, q_row, q_head, qv_row, qv_head,
-                k_row, k_batch, v_row, v_batch, num_pages, capacity, scale, softcap, c,
+                rows_at(q, b, row, q_batch, q_row, cu_seqlens_q), qv_rows,
+                k_rows, v_rows, pages, slopes, token, head, exists, rows, shift, first, end,
+                low, full, high, window_left, window_right, attention_chunk,
+                q_row, q_head, qv_row, qv_head, k_row, k_batch, v_row, v_batch, num_pages, capacity, scale, softcap, c,
                 HEADDIM, HEADDIM_V, DIM, DIM_REST, DIM_V, BLOCK_M, BLOCK_N, CHUNK, COMPUTE,
                 LAYOUT, PAGE_SIZE, TRANSFORMED, LOWER, FOLD,
             )
@@ -345,15 +342,15 @@ def combine(
         token = work // blocks_of_group // nheads_k % seqlen_q
         b = work // blocks_of_group // nheads_k // seqlen_q
         row, rows = query_rows(b, seqlen_q, total_q, cu_seqlens_q, seqused_q)
-        _, first, end = key_rows(b, capacity, cu_seqlens_k, seqused_k, cache_leftpad, cache_start)
-        low, _, high = range_of(
+        shift, first, end = key_rows(b, capacity, cu_seqlens_k, seqused_k, cache_leftpad, cache_start)
+        low, full, high = range_of(
             token, token, rows, first, end, window_left, window_right, attention_chunk
         )
         if token < (seqlen_q if cu_seqlens_q is None else rows):
             exists = in_group < GROUP
             head = head_k * GROUP + in_group
             nheads = nheads_k * GROUP
-            _, c, v_scale = factors(
+            scale, c, v_scale = factors(
                 b, head_k, softmax_scale, q_descale, k_descale, v_descale,
                 qd_batch, qd_head, kd_batch, kd_head, vd_batch, vd_head, TRANSFORMED,
             )

@@ -140,7 +140,7 @@ def attend(call: Attention) -> tuple[Tensor, Tensor]:
         "CHUNK": CHUNK,
         "TRANSFORMED": softcap is not None
         or slopes is not None
-        or any(x is not None for x in descales[:2])
+        or any(x is not None for x in descales[: 2 if call.qv is None else 3])
         or call.softmax_scale <= 0,
     }
     lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k)

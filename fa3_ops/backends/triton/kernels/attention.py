@@ -120,19 +120,21 @@ def factors(
     b, head_k, softmax_scale, q_descale, k_descale, v_descale, qd_batch, qd_head, kd_batch, kd_head,
     vd_batch, vd_head, TRANSFORMED: tl.constexpr,
 ):
-    """(what scores are multiplied by to be transformed, and then; what values are)."""
+    """What is multiplied: products of q and k, and of qv and v, to be transformed; scores then;
+    values."""
     scale = softmax_scale
     v_scale = 1.0
     if q_descale is not None:
         scale = scale * tl.load(q_descale + b * qd_batch + head_k * qd_head)
-    if k_descale is not None:
-        scale = scale * tl.load(k_descale + b * kd_batch + head_k * kd_head)
     if v_descale is not None:
         v_scale = tl.load(v_descale + b * vd_batch + head_k * vd_head)
+    qv_scale = scale * v_scale
+    if k_descale is not None:
+        scale = scale * tl.load(k_descale + b * kd_batch + head_k * kd_head)
     c = scale * LOG2E
     if TRANSFORMED:
         c = LOG2E
-    return scale, c, v_scale
+    return scale, qv_scale, c, v_scale
 
 
 @triton.jit
@@ -147,7 +149,7 @@ def entry_of(b, entries, cache_batch_idx):
 @triton.jit
 def attend_block(
     q, q_rest, qv, k, v, pages, block, shift, low, high, begin, stop, diagonal, slope,
-    k_row, k_page, v_row, v_page, num_pages, capacity, scale, softcap, c, m, total, acc,
+    k_row, k_page, v_row, v_page, num_pages, capacity, scale, qv_scale, softcap, c, m, total, acc,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, DIM: tl.constexpr, DIM_REST: tl.constexpr,
     DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr, LAYOUT: tl.constexpr,
     PAGE_SIZE: tl.constexpr, TRANSFORMED: tl.constexpr, MASKED: tl.constexpr,
@@ -164,20 +166,23 @@ def attend_block(
             LAYOUT, PAGE_SIZE, BLOCK_N, DIM_REST, HEADDIM == DIM + DIM_REST, MASKED,
         ).to(COMPUTE)
         scores = tl.dot(q_rest, tl.trans(keys), scores, input_precision="ieee")
+    if TRANSFORMED:
+        scores = scores * scale
     if qv is not None:
         values = load_block(
             v, pages, block, shift, low, high, v_row, v_page, num_pages, capacity, 0, HEADDIM_V,
             LAYOUT, PAGE_SIZE, BLOCK_N, DIM_V, HEADDIM_V == DIM_V, MASKED,
         ).to(COMPUTE)
-        scores = tl.dot(qv, tl.trans(values), scores, input_precision="ieee")
+        if TRANSFORMED:
+            scores += tl.dot(qv, tl.trans(values), input_precision="ieee") * qv_scale
+        else:
+            scores = tl.dot(qv, tl.trans(values), scores, input_precision="ieee")
     position = block + tl.arange(0, BLOCK_N)[None, :]
-    if TRANSFORMED:
-        scores = scores * scale
-        if softcap is not None:
-            scores = tanh(scores / softcap) * softcap
-        if slope is not None:
-            distance = tl.abs(diagonal[:, None] - position).to(tl.float32)
-            scores = scores - slope[:, None] * distance
+    if softcap is not None:
+        scores = tanh(scores / softcap) * softcap
+    if slope is not None:
+        distance = tl.abs(diagonal[:, None] - position).to(tl.float32)
+        scores = scores - slope[:, None] * distance
     if MASKED:
         seen = (position >= begin[:, None]) & (position < stop[:, None])
         scores = tl.where(seen, scores, float("-inf"))
@@ -194,7 +199,7 @@ def attend_block(
 def attend(
     q, qv, k, v, pages, alibi_slopes, token, head, exists, rows, shift, first, end, low, full, high,
     window_left, window_right, attention_chunk, q_row, q_head, qv_row, qv_head,
-    k_row, k_page, v_row, v_page, num_pages, capacity, scale, softcap, c,
+    k_row, k_page, v_row, v_page, num_pages, capacity, scale, qv_scale, softcap, c,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, DIM: tl.constexpr, DIM_REST: tl.constexpr,
     DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
     COMPUTE: tl.constexpr, LAYOUT: tl.constexpr, PAGE_SIZE: tl.constexpr,
@@ -232,7 +237,7 @@ def attend(
             m, total, acc = attend_block(
                 q_tile, q_rest, qv_tile, k, v, pages, block, shift, low, high, begin, stop,
                 diagonal, slope, k_row, k_page, v_row, v_page, num_pages, capacity,
-                scale, softcap, c, m, total, acc, HEADDIM, HEADDIM_V, DIM, DIM_REST, DIM_V, BLOCK_N,
+                scale, qv_scale, softcap, c, m, total, acc, HEADDIM, HEADDIM_V, DIM, DIM_REST, DIM_V, BLOCK_N,
                 COMPUTE, LAYOUT, PAGE_SIZE, TRANSFORMED, MASKED == 1,
             )
     if FOLD:
@@ -281,7 +286,7 @@ def attention(
         rows_of_out = seqlen_q if cu_seqlens_q is None else rows
         exists = token < rows_of_out
         if (tile * BLOCK_M // GROUP < rows_of_out) & ((low < high) | (not SPLIT)):
-            scale, c, v_scale = factors(
+            scale, qv_scale, c, v_scale = factors(
                 b, head_k, softmax_scale, q_descale, k_descale, v_descale,
                 qd_batch, qd_head, kd_batch, kd_head, vd_batch, vd_head, TRANSFORMED,
             )
@@ -304,7 +309,7 @@ def attention(
                 rows_at(q, b, row, q_batch, q_row, cu_seqlens_q), qv_rows,
                 k_rows, v_rows, pages, slopes, token, head, exists, rows, shift, first, end,
                 low, full, high, window_left, window_right, attention_chunk,
-                q_row, q_head, qv_row, qv_head, k_row, k_batch, v_row, v_batch, num_pages, capacity, scale, softcap, c,
+                q_row, q_head, qv_row, qv_head, k_row, k_batch, v_row, v_batch, num_pages, capacity, scale, qv_scale, softcap, c,
                 HEADDIM, HEADDIM_V, DIM, DIM_REST, DIM_V, BLOCK_M, BLOCK_N, CHUNK, COMPUTE,
                 LAYOUT, PAGE_SIZE, TRANSFORMED, LOWER, FOLD,
             )
@@ -350,7 +355,7 @@ def combine(
             exists = in_group < GROUP
             head = head_k * GROUP + in_group
             nheads = nheads_k * GROUP
-            scale, c, v_scale = factors(
+            scale, qv_scale, c, v_scale = factors(
                 b, head_k, softmax_scale, q_descale, k_descale, v_descale,
                 qd_batch, qd_head, kd_batch, kd_head, vd_batch, vd_head, TRANSFORMED,
             )

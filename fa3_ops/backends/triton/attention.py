@@ -150,7 +150,8 @@ def attend(call: Attention) -> tuple[Tensor, Tensor]:
     launch(
         attention,
         programs(items, call.q.device),
-        *(call.q, call.k, call.v, call.qv, out, lse, part_out, part_ml),
+        *(call.q, call.k, call.v, call.qv, *described_keys(call, work)),
+        *(out, lse, part_out, part_ml),
         *lengths,
         *(call.cache_batch_idx, call.cache_leftpad, call.cache_start, call.page_table),
         *(*descales, slopes, call.sinks),
@@ -193,6 +194,41 @@ def attend(call: Attention) -> tuple[Tensor, Tensor]:
             **constexprs,
         )
     return out, lse
+
+
+def described_keys(call: Attention, work: Work) -> tuple[Any, Any, Any]:
+    """Tensor descriptors of k, of the rest of its columns and of v, by which a device copies whole
+    blocks; none where it has no such thing or they do not fit."""
+    if not DESC or not describes(call, work):
+        return None, None, None
+    dim, dim_rest = parts_of(call.headdim)
+    k, v = (x[None] if call.cu_seqlens_k is not None else x for x in (call.k, call.v))
+    rest = described(k, work.tile.block_n, dim_rest) if dim_rest else None
+    return (
+        described(k, work.tile.block_n, dim),
+        rest,
+        described(v, work.tile.block_n, call.headdim_v),
+    )
+
+
+DESC = False
+
+
+def describes(call: Attention, work: Work) -> bool:
+    return (
+        call.k.dtype == call.q.dtype != torch.float32
+        and sum(parts_of(call.headdim)) == call.headdim
+        and power_of_two(call.headdim_v) == call.headdim_v
+        and layout_of(call, work.tile.block_n) != PAGES
+        and all(x.data_ptr() % 16 == 0 for x in (call.k, call.v))
+        and all(n % 8 == 0 for x in (call.k, call.v) for n in x.stride()[:-1])
+    )
+
+
+def described(x: Tensor, rows: int, columns: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, columns])
 
 
 def _strides(x: Tensor | None) -> tuple[int, int, int]:

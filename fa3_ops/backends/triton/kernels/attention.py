@@ -10,7 +10,7 @@ where every chunk is a work item of its own. What a row gives depends on neither
 import triton
 import triton.language as tl
 
-from fa3_ops.backends.triton.kernels.keys import load_block
+from fa3_ops.backends.triton.kernels.keys import load_block, load_described
 from fa3_ops.backends.triton.kernels.sequences import (
     bounded,
     key_rows,
@@ -147,31 +147,52 @@ def entry_of(b, entries, cache_batch_idx):
 
 
 @triton.jit
+def load_keys(
+    x, described, pages, block, shift, entry, head_k, low, high, stride, page_stride, num_pages,
+    capacity, column, width, LAYOUT: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIM: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr,
+):
+    if MASKED or described is None:
+        return load_block(
+            x, pages, block, shift, low, high, stride, page_stride, num_pages, capacity, column,
+            width, LAYOUT, PAGE_SIZE, BLOCK_N, DIM, EVEN, MASKED,
+        )
+    else:
+        return load_described(
+            described, pages, block, shift, entry, head_k, num_pages, column,
+            LAYOUT, PAGE_SIZE, BLOCK_N, DIM,
+        )
+
+
+@triton.jit
 def attend_block(
-    q, q_rest, qv, k, v, pages, block, shift, low, high, begin, stop, diagonal, slope,
-    k_row, k_page, v_row, v_page, num_pages, capacity, scale, qv_scale, softcap, c, m, total, acc,
+    q, q_rest, qv, k, v, k_described, k_rest_described, v_described, pages, entry, head_k,
+    block, shift, low, high, begin, stop, diagonal, slope, k_row, k_page, v_row, v_page,
+    num_pages, capacity, scale, qv_scale, softcap, c, m, total, acc,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, DIM: tl.constexpr, DIM_REST: tl.constexpr,
     DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr, LAYOUT: tl.constexpr,
     PAGE_SIZE: tl.constexpr, TRANSFORMED: tl.constexpr, MASKED: tl.constexpr,
 ):
     """The state after one block of keys."""
-    keys = load_block(
-        k, pages, block, shift, low, high, k_row, k_page, num_pages, capacity, 0, HEADDIM,
-        LAYOUT, PAGE_SIZE, BLOCK_N, DIM, HEADDIM >= DIM, MASKED,
+    keys = load_keys(
+        k, k_described, pages, block, shift, entry, head_k, low, high, k_row, k_page, num_pages,
+        capacity, 0, HEADDIM, LAYOUT, PAGE_SIZE, BLOCK_N, DIM, HEADDIM >= DIM, MASKED,
     ).to(COMPUTE)
     scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
     if DIM_REST > 0:
-        keys = load_block(
-            k, pages, block, shift, low, high, k_row, k_page, num_pages, capacity, DIM, HEADDIM,
-            LAYOUT, PAGE_SIZE, BLOCK_N, DIM_REST, HEADDIM == DIM + DIM_REST, MASKED,
+        keys = load_keys(
+            k, k_rest_described, pages, block, shift, entry, head_k, low, high, k_row, k_page,
+            num_pages, capacity, DIM, HEADDIM, LAYOUT, PAGE_SIZE, BLOCK_N, DIM_REST,
+            HEADDIM == DIM + DIM_REST, MASKED,
         ).to(COMPUTE)
         scores = tl.dot(q_rest, tl.trans(keys), scores, input_precision="ieee")
     if TRANSFORMED:
         scores = scores * scale
     if qv is not None:
-        values = load_block(
-            v, pages, block, shift, low, high, v_row, v_page, num_pages, capacity, 0, HEADDIM_V,
-            LAYOUT, PAGE_SIZE, BLOCK_N, DIM_V, HEADDIM_V == DIM_V, MASKED,
+        values = load_keys(
+            v, v_described, pages, block, shift, entry, head_k, low, high, v_row, v_page,
+            num_pages, capacity, 0, HEADDIM_V, LAYOUT, PAGE_SIZE, BLOCK_N, DIM_V,
+            HEADDIM_V == DIM_V, MASKED,
         ).to(COMPUTE)
         if TRANSFORMED:
             scores += tl.dot(qv, tl.trans(values), input_precision="ieee") * qv_scale
@@ -188,16 +209,18 @@ def attend_block(
         scores = tl.where(seen, scores, float("-inf"))
     p, m, total, alpha = weights(scores, m, total, c)
     if qv is None:
-        values = load_block(
-            v, pages, block, shift, low, high, v_row, v_page, num_pages, capacity, 0, HEADDIM_V,
-            LAYOUT, PAGE_SIZE, BLOCK_N, DIM_V, HEADDIM_V == DIM_V, MASKED,
+        values = load_keys(
+            v, v_described, pages, block, shift, entry, head_k, low, high, v_row, v_page,
+            num_pages, capacity, 0, HEADDIM_V, LAYOUT, PAGE_SIZE, BLOCK_N, DIM_V,
+            HEADDIM_V == DIM_V, MASKED,
         ).to(COMPUTE)
     return m, total, tl.dot(p.to(COMPUTE), values, acc * alpha[:, None], input_precision="ieee")
 
 
 @triton.jit
 def attend(
-    q, qv, k, v, pages, alibi_slopes, token, head, exists, rows, shift, first, end, low, full, high,
+    q, qv, k, v, k_described, k_rest_described, v_described, pages, entry, head_k, alibi_slopes,
+    token, head, exists, rows, shift, first, end, low, full, high,
     window_left, window_right, attention_chunk, q_row, q_head, qv_row, qv_head,
     k_row, k_page, v_row, v_page, num_pages, capacity, scale, qv_scale, softcap, c,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, DIM: tl.constexpr, DIM_REST: tl.constexpr,
@@ -235,9 +258,10 @@ def attend(
                     m_all, total_all, acc_all = merge(m_all, total_all, acc_all, m, total, acc, c)
                     m, total, acc = empty_state(BLOCK_M, DIM_V)
             m, total, acc = attend_block(
-                q_tile, q_rest, qv_tile, k, v, pages, block, shift, low, high, begin, stop,
-                diagonal, slope, k_row, k_page, v_row, v_page, num_pages, capacity,
-                scale, qv_scale, softcap, c, m, total, acc, HEADDIM, HEADDIM_V, DIM, DIM_REST, DIM_V, BLOCK_N,
+                q_tile, q_rest, qv_tile, k, v, k_described, k_rest_described, v_described,
+                pages, entry, head_k, block, shift, low, high, begin, stop, diagonal, slope,
+                k_row, k_page, v_row, v_page, num_pages, capacity, scale, qv_scale, softcap, c,
+                m, total, acc, HEADDIM, HEADDIM_V, DIM, DIM_REST, DIM_V, BLOCK_N,
                 COMPUTE, LAYOUT, PAGE_SIZE, TRANSFORMED, MASKED == 1,
             )
     if FOLD:
@@ -250,7 +274,7 @@ def attend(
     "work_items", "softmax_scale", "softcap", "window_left", "window_right", "attention_chunk",
 ])
 def attention(
-    q, k, v, qv, out, softmax_lse, part_out, part_ml,
+    q, k, v, qv, k_described, k_rest_described, v_described, out, softmax_lse, part_out, part_ml,
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, cache_batch_idx, cache_leftpad, cache_start,
     page_table, q_descale, k_descale, v_descale, alibi_slopes, sinks,
     batch_size, seqlen_q, total_q, capacity, entries, num_pages, tiles, num_chunks, work_items,
@@ -307,9 +331,11 @@ def attention(
                 slopes = alibi_slopes + b * alibi_batch
             m, total, acc = attend(
                 rows_at(q, b, row, q_batch, q_row, cu_seqlens_q), qv_rows,
-                k_rows, v_rows, pages, slopes, token, head, exists, rows, shift, first, end,
+                k_rows, v_rows, k_described, k_rest_described, v_described, pages,
+                entry if cu_seqlens_k is None else entry * 0, head_k, slopes, token, head, exists, rows, shift, first, end,
                 low, full, high, window_left, window_right, attention_chunk,
-                q_row, q_head, qv_row, qv_head, k_row, k_batch, v_row, v_batch, num_pages, capacity, scale, qv_scale, softcap, c,
+                q_row, q_head, qv_row, qv_head, k_row, k_batch, v_row, v_batch, num_pages, capacity,
+                scale, qv_scale, softcap, c,
                 HEADDIM, HEADDIM_V, DIM, DIM_REST, DIM_V, BLOCK_M, BLOCK_N, CHUNK, COMPUTE,
                 LAYOUT, PAGE_SIZE, TRANSFORMED, LOWER, FOLD,
             )

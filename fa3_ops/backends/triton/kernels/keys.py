@@ -41,3 +41,17 @@ def load_block(
         return tl.load(pointer)
     else:
         return tl.load(pointer, mask=inside, other=0.0)
+
+
+@triton.jit
+def load_described(
+    described, pages, block, shift, entry, head_k, num_pages, column,
+    LAYOUT: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_N, DIM) of the same rows by a tensor descriptor of (entry or page, row, head, column),
+    where nothing is masked."""
+    row = block + shift
+    if LAYOUT == BLOCKS:
+        entry = bounded(tl.load(pages + block // PAGE_SIZE), 0, num_pages - 1)
+        row = block % PAGE_SIZE
+    return described.load([entry.to(tl.int32), row, head_k, column]).reshape(BLOCK_N, DIM)

@@ -122,10 +122,18 @@ def prefill_rows() -> Iterator[Row]:
     shapes = [(16, 1024), (4, 4096), (1, 16384), (1, 1024), (1, 4096)]
     dims = [(NHEADS_K, 128, 128, (-1, -1))] * len(shapes)
     shapes += [(4, 4096)] * 3 + [(1, 16384)]
-    dims += [(NHEADS_K, 64, 64, (-1, -1)), (NHEADS_K, 192, 128, (-1, -1)), (NHEADS, 128, 128, (-1, -1))]
+    dims += [
+        (NHEADS_K, 64, 64, (-1, -1)),
+        (NHEADS_K, 192, 128, (-1, -1)),
+        (NHEADS, 128, 128, (-1, -1)),
+    ]
     dims += [(NHEADS_K, 128, 128, (1023, 0))]
     for (batch, seqlen), (nheads_k, d, dv, window) in zip(shapes, dims, strict=True):
-        q, k, v = rand(batch, seqlen, NHEADS, d), rand(batch, seqlen, nheads_k, d), rand(batch, seqlen, nheads_k, dv)
+        q, k, v = (
+            rand(batch, seqlen, NHEADS, d),
+            rand(batch, seqlen, nheads_k, d),
+            rand(batch, seqlen, nheads_k, dv),
+        )
         options = dict(causal=True, window_size=window)
         calls = {
             "ours": lambda: fa3_ops.flash_attn_func(q, k, v, **options),
@@ -142,10 +150,16 @@ def prefill_rows() -> Iterator[Row]:
         yield Row(name, calls, "TF", 2 * batch * NHEADS * seen * (d + dv))
     for lengths in ([3000, 100, 2500, 700, 1800, 64, 4096, 900, 350, 2048, 128, 1200], [512] * 32):
         cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device="cuda")
-        q, k, v = rand(sum(lengths), NHEADS, 128), rand(sum(lengths), NHEADS_K, 128), rand(sum(lengths), NHEADS_K, 128)
+        q, k, v = (
+            rand(sum(lengths), NHEADS, 128),
+            rand(sum(lengths), NHEADS_K, 128),
+            rand(sum(lengths), NHEADS_K, 128),
+        )
         most = max(lengths)
         calls = {
-            "ours": lambda: fa3_ops.flash_attn_varlen_func(q, k, v, cu, cu, most, most, causal=True),
+            "ours": lambda: fa3_ops.flash_attn_varlen_func(
+                q, k, v, cu, cu, most, most, causal=True
+            ),
             "FA3": lambda: fa3.flash_attn_varlen_func(q, k, v, cu, cu, most, most, causal=True),
         }
         amount = sum(2 * NHEADS * n * n * 128 for n in lengths)
@@ -167,7 +181,10 @@ def main() -> None:
             for peer, seconds in times.items():
                 rate = row.amount / seconds / 1e12
                 ratio = times.get("FA3", seconds) / seconds
-                print(f"    {peer}: {seconds * 1e6:.1f} us, {rate:.2f} {row.unit}, {ratio:.2f} of FA3", flush=True)
+                print(
+                    f"    {peer}: {seconds * 1e6:.1f} us, {rate:.2f} {row.unit}, {ratio:.2f} of FA3",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

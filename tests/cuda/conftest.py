@@ -23,9 +23,7 @@ def on_gpu() -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def moved(call: dict[str, Any], device: str = "cuda") -> dict[str, Any]:
-    return {
-        name: like(x, device) if isinstance(x, torch.Tensor) else x for name, x in call.items()
-    }
+    return {name: like(x, device) if isinstance(x, torch.Tensor) else x for name, x in call.items()}
 
 
 def like(x: torch.Tensor, device: str) -> torch.Tensor:

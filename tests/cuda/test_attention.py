@@ -80,9 +80,7 @@ class TestRandomCalls:
 
 
 CASES = [
-    call
-    for name in ("fa3", "fa2_alibi")
-    for call in recorded_calls(GOLDEN / f"{name}.safetensors")
+    call for name in ("fa3", "fa2_alibi") for call in recorded_calls(GOLDEN / f"{name}.safetensors")
 ]
 
 

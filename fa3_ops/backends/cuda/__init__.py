@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fa3_ops.backends import torch_ops, triton
+from fa3_ops.backends import torch_ops
 from fa3_ops.backends.call import (
     Append,
     Attention,
@@ -17,6 +17,7 @@ from fa3_ops.backends.call import (
     Rotation,
     Scatter,
 )
+from fa3_ops.backends.cuda.prefill import CudaAttention
 from fa3_ops.backends.devices import Device
 
 
@@ -31,7 +32,7 @@ CUDA = Device(
     key="CUDA",
     capturing=capturing,
     backends={
-        Attention: [triton.TritonAttention(), torch_ops.TorchAttention()],
+        Attention: [CudaAttention(), torch_ops.TorchAttention()],
         Gradient: [torch_ops.TorchGradient()],
         Append: [torch_ops.TorchWrites()],
         Scatter: [torch_ops.TorchWrites()],

@@ -10,16 +10,15 @@ from torch import Tensor
 
 from fa3_ops.backends.backend import Backend, Run
 from fa3_ops.backends.call import Attention
-from fa3_ops.backends.triton.device import processors, programs, reasons_against
+from fa3_ops.backends.triton.device import has_descriptors, processors, programs, reasons_against
 from fa3_ops.backends.triton.launch import launch
 from fa3_ops.backends.triton.schedule import (
     CHUNK,
     Schedule,
-    Tile,
+    block_n,
     parts_of,
     power_of_two,
     schedule,
-    tile_of,
 )
 
 TENSORS = (
@@ -29,8 +28,8 @@ TENSORS = (
 )
 ROWS, BLOCKS, PAGES = range(3)  # how k and v lie, as kernels/keys.py has it
 NEIGHBOURS = 8  # pairs of sequence and KV head that are at work together
-MERGED_HEADS = 4  # heads of a group that one program of `combine` merges at most
-UNROLL = 8  # chunks that it loads at once
+MOST_ROWS = 64  # of a tile
+UNROLL = 16  # chunks that `combine` loads at once
 
 
 class TritonAttention(Backend[Attention]):
@@ -56,7 +55,7 @@ class TritonAttention(Backend[Attention]):
 class Work:
     """What the shapes of a call decide."""
 
-    tile: Tile
+    block_n: int
     schedule: Schedule
     capacity: int  # keys that a sequence has room for, or rows of packed k
     num_chunks: int  # that a tile of rows touches at most, where they are work items
@@ -64,24 +63,27 @@ class Work:
 
     @staticmethod
     def of(call: Attention) -> Work:
+        dtype, dims = call.q.dtype, (call.headdim, call.headdim_v)
         group = call.nheads // call.nheads_k
-        tile = tile_of(call.q.dtype, call.headdim, call.headdim_v)
-        tiles = -(-call.seqlen_q * group // tile.block_m)
         capacity = longest = call.k.shape[0 if call.cu_seqlens_k is not None else 1]
         if call.page_table is not None:
             capacity = longest = capacity * call.page_table.shape[1]
         if call.cu_seqlens_k is not None:
             longest = min(call.max_seqlen_k or 0, capacity)
-        num_chunks = chunks_of_a_tile(call, longest, -(-tile.block_m // group))
+        num_chunks = chunks_of_a_tile(call, longest, -(-MOST_ROWS // group))
+        rows = call.seqlen_q * group
         plan = schedule(
-            tile,
-            tiles * call.batch_size * call.nheads_k,
+            dtype,
+            dims,
+            rows,
+            call.batch_size * call.nheads_k,
             num_chunks,
-            processors(call.q.device),
-            tiles == 1,
             call.q.shape[:-1].numel() * call.headdim_v,
+            processors(call.q.device),
         )
-        return Work(tile, plan, capacity, num_chunks if plan.split else 1, tiles)
+        tiles = -(-rows // plan.block_m)
+        chunks = num_chunks if plan.split else 1
+        return Work(block_n(dtype, *dims), plan, capacity, chunks, tiles)
 
 
 def chunks_of_a_tile(call: Attention, capacity: int, tokens: int) -> int:
@@ -97,11 +99,11 @@ def chunks_of_a_tile(call: Attention, capacity: int, tokens: int) -> int:
     return max(chunks, 1)
 
 
-def layout_of(call: Attention, block_n: int) -> int:
+def layout_of(call: Attention, keys: int) -> int:
     if call.page_table is None:
         return ROWS
     moved = call.cache_leftpad is not None or call.cache_start is not None
-    return BLOCKS if call.k.shape[1] % block_n == 0 and not moved else PAGES
+    return BLOCKS if call.k.shape[1] % keys == 0 and not moved else PAGES
 
 
 def results(call: Attention) -> tuple[Tensor, Tensor]:
@@ -166,21 +168,20 @@ def attend(call: Attention) -> tuple[Tensor, Tensor]:
         HEADDIM=call.headdim,
         DIM=dim,
         DIM_REST=dim_rest,
-        BLOCK_M=work.tile.block_m,
-        BLOCK_N=work.tile.block_n,
+        BLOCK_M=work.schedule.block_m,
+        BLOCK_N=work.block_n,
         COMPUTE=_compute_type(call.q.dtype),
-        LAYOUT=layout_of(call, work.tile.block_n),
+        LAYOUT=layout_of(call, work.block_n),
         PAGE_SIZE=1 if call.page_table is None else call.k.shape[1],
         SPLIT=work.schedule.split,
         FOLD=not work.schedule.split and work.capacity > CHUNK,
         NEIGHBOURS=NEIGHBOURS,
-        num_warps=work.tile.num_warps,
+        num_warps=work.schedule.num_warps,
         num_stages=work.schedule.num_stages,
         **constexprs,
     )
     if part_out is not None:
-        heads = min(MERGED_HEADS, 1 << (group - 1).bit_length())
-        items = call.batch_size * call.seqlen_q * call.nheads_k * -(-group // heads)
+        items = call.batch_size * call.seqlen_q * call.nheads
         launch(
             combine,
             programs(items, call.q.device),
@@ -188,7 +189,6 @@ def attend(call: Attention) -> tuple[Tensor, Tensor]:
             *(*descales, call.sinks),
             *(call.seqlen_q, total_q, work.capacity, work.num_chunks, items),
             *(call.softmax_scale, *limits, *descale_strides, call.nheads_k),
-            HEADS=heads,
             UNROLL=UNROLL,
             num_warps=1,
             **constexprs,
@@ -199,27 +199,26 @@ def attend(call: Attention) -> tuple[Tensor, Tensor]:
 def described_keys(call: Attention, work: Work) -> tuple[Any, Any, Any]:
     """Tensor descriptors of k, of the rest of its columns and of v, by which a device copies whole
     blocks; none where it has no such thing or they do not fit."""
-    if not DESC or not describes(call, work):
+    if not describes(call, work):
         return None, None, None
     dim, dim_rest = parts_of(call.headdim)
     k, v = (x[None] if call.cu_seqlens_k is not None else x for x in (call.k, call.v))
-    rest = described(k, work.tile.block_n, dim_rest) if dim_rest else None
+    rest = described(k, work.block_n, dim_rest) if dim_rest else None
     return (
-        described(k, work.tile.block_n, dim),
+        described(k, work.block_n, dim),
         rest,
-        described(v, work.tile.block_n, call.headdim_v),
+        described(v, work.block_n, call.headdim_v),
     )
-
-
-DESC = False
 
 
 def describes(call: Attention, work: Work) -> bool:
     return (
-        call.k.dtype == call.q.dtype != torch.float32
+        work.schedule.block_m == MOST_ROWS
+        and has_descriptors(call.q.device)
+        and call.k.dtype == call.q.dtype != torch.float32
         and sum(parts_of(call.headdim)) == call.headdim
         and power_of_two(call.headdim_v) == call.headdim_v
-        and layout_of(call, work.tile.block_n) != PAGES
+        and layout_of(call, work.block_n) != PAGES
         and all(x.data_ptr() % 16 == 0 for x in (call.k, call.v))
         and all(n % 8 == 0 for x in (call.k, call.v) for n in x.stride()[:-1])
     )

@@ -30,3 +30,12 @@ def processors(device: torch.device) -> int:
 def programs(items: int, device: torch.device) -> int:
     """How many programs share the work items."""
     return items
+
+
+@functools.cache
+def has_descriptors(device: torch.device) -> bool:
+    """Whether blocks are copied by tensor descriptors: a Triton that has them, for a device whose
+    copy engine takes them."""
+    known = importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+    capability = getattr(torch.get_device_module(device), "get_device_capability", None)
+    return known and capability is not None and capability(device) >= (9, 0)

@@ -6,10 +6,10 @@ from typing import Any
 
 
 def launch(
-    kernel: Any, grid: int, *args: Any, num_warps: int = 4, num_stages: int = 1, **constexprs: Any
+    kernel: Any, grid: int, *args: Any, num_warps: int = 4, num_stages: int = 1, **more: Any
 ) -> None:
-    """kernel, a triton.jit function, on a grid of one dimension. Multiply-adds are fused where the
-    source says so and nowhere else."""
+    """kernel, a triton.jit function, on a grid of one dimension; `more` are its constexprs and a
+    compiler's options. Multiply-adds are fused where the source says so and nowhere else."""
     kernel[(grid,)](
-        *args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False, **constexprs
+        *args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False, **more
     )

@@ -1,4 +1,4 @@
-"""How attention is cut into tiles, which decides its bits, and into work items, which does not."""
+"""How attention is cut into blocks, which decides its bits, and worked off, which does not."""
 
 from __future__ import annotations
 
@@ -6,25 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-CHUNK = 1024  # keys of a partial result; a multiple of every block
+CHUNK = 512  # keys of a partial result; a multiple of every block
 MOST_PARTIAL_NUMBERS = 2**27  # 512 MB
 
 
 @dataclass(frozen=True)
-class Tile:
-    """What the bits of a row may depend on: one for all calls of a dtype and head dimensions."""
-
-    block_m: int  # rows
-    block_n: int  # keys
-    num_warps: int
-
-
-@dataclass(frozen=True)
 class Schedule:
-    """How the tiles of a call are worked off."""
+    """How a call is worked off, by programs of num_warps with num_stages of keys in flight."""
 
-    split: bool  # every chunk of keys is a work item of its own, to be merged afterwards
+    block_m: int  # rows of a tile
+    num_warps: int
     num_stages: int
+    split: bool  # every chunk of keys is a work item of its own, to be merged afterwards
 
 
 def power_of_two(n: int) -> int:
@@ -41,20 +34,38 @@ def parts_of(headdim: int) -> tuple[int, int]:
     return (2 * first, 0) if rest == first else (first, rest)
 
 
-def tile_of(dtype: torch.dtype, headdim: int, headdim_v: int) -> Tile:
+def block_n(dtype: torch.dtype, headdim: int, headdim_v: int) -> int:
+    """Keys of a block, on which bits depend: one number for a dtype and head dimensions."""
     width = max(headdim, headdim_v)
     if dtype == torch.float32:
-        return Tile(32, 32, 4) if width <= 128 else Tile(16, 16, 4)
-    if width <= 128:
-        return Tile(64, 64, 4)
-    return Tile(64, 64, 8) if width <= 256 else Tile(32, 32, 8)
+        return 32 if width <= 128 else 16
+    return 64 if width <= 256 else 32
 
 
 def schedule(
-    tile: Tile, tiles: int, num_chunks: int, processors: int, decodes: bool, numbers: int
+    dtype: torch.dtype,
+    dims: tuple[int, int],
+    rows: int,
+    pairs: int,
+    num_chunks: int,
+    numbers: int,
+    processors: int,
 ) -> Schedule:
-    """Chunks are work items where there are too few tiles for the processors of the device, and
-    room for the partial results, each of `numbers`."""
-    enough = 2 * processors if decodes else processors
+    """For `rows` of each of so many pairs of sequence and KV head. Chunks are work items where
+    there are too few tiles for the processors, and room for a partial result of `numbers` each."""
+    headdim, headdim_v = dims
+    width = max(headdim, headdim_v)
+    few = rows <= 16
+    if dtype == torch.float32:  # sums of floats: one tile for all
+        block_m, num_warps = (32, 4) if width <= 128 else (16, 4)
+    elif width > 256:
+        block_m, num_warps = (16, 4) if few else (32, 8)
+    else:
+        block_m, num_warps = (16, 4) if few else (64, 4 if headdim_v <= 128 else 8)
+    tiles = pairs * -(-rows // block_m)
+    enough = 2 * processors if few else processors
     split = num_chunks > 1 and tiles < enough and num_chunks * numbers <= MOST_PARTIAL_NUMBERS
-    return Schedule(split, num_stages=2 if tile.num_warps == 8 else 3)
+    items = tiles * (num_chunks if split else 1)
+    if few and width <= 128 and dtype != torch.float32 and items > processors:
+        num_warps = 2  # more programs at a time, each slower
+    return Schedule(block_m, num_warps, 2, split)

@@ -207,7 +207,7 @@ def attend_block(
     if MASKED:
         seen = (position >= begin[:, None]) & (position < stop[:, None])
         scores = tl.where(seen, scores, float("-inf"))
-    p, m, total, alpha = weights(scores, m, total, c)
+    p, m, total, alpha = weights(scores, m, total, c, COMPUTE == tl.float32)
     if qv is None:
         values = load_keys(
             v, v_described, pages, block, shift, entry, head_k, low, high, v_row, v_page,
@@ -362,39 +362,38 @@ def combine(
     seqlen_q, total_q, capacity, num_chunks, work_items, softmax_scale,
     window_left, window_right, attention_chunk,
     qd_batch, qd_head, kd_batch, kd_head, vd_batch, vd_head, nheads_k,
-    GROUP: tl.constexpr, HEADDIM_V: tl.constexpr, DIM_V: tl.constexpr, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, HEADDIM_V: tl.constexpr, DIM_V: tl.constexpr,
     CHUNK: tl.constexpr, TRANSFORMED: tl.constexpr, UNROLL: tl.constexpr,
 ):
-    """Merges the chunks of SPLIT for HEADS heads of a group and one token, in order."""
+    """Merges the chunks of SPLIT for a row of q, in order."""
     for work in range(tl.program_id(0), work_items, tl.num_programs(0)):
-        blocks_of_group = (GROUP + HEADS - 1) // HEADS
-        in_group = work % blocks_of_group * HEADS + tl.arange(0, HEADS)
-        head_k = work // blocks_of_group % nheads_k
-        token = work // blocks_of_group // nheads_k % seqlen_q
-        b = work // blocks_of_group // nheads_k // seqlen_q
+        nheads = nheads_k * GROUP
+        head = work % nheads + tl.arange(0, 1)
+        token = work // nheads % seqlen_q
+        b = work // nheads // seqlen_q
         row, rows = query_rows(b, seqlen_q, total_q, cu_seqlens_q, seqused_q)
-        shift, first, end = key_rows(b, capacity, cu_seqlens_k, seqused_k, cache_leftpad, cache_start)
+        shift, first, end = key_rows(
+            b, capacity, cu_seqlens_k, seqused_k, cache_leftpad, cache_start
+        )
         low, full, high = range_of(
             token, token, rows, first, end, window_left, window_right, attention_chunk
         )
         if token < (seqlen_q if cu_seqlens_q is None else rows):
-            exists = in_group < GROUP
-            head = head_k * GROUP + in_group
-            nheads = nheads_k * GROUP
             scale, qv_scale, c, v_scale = factors(
-                b, head_k, softmax_scale, q_descale, k_descale, v_descale,
+                b, work % nheads // GROUP, softmax_scale, q_descale, k_descale, v_descale,
                 qd_batch, qd_head, kd_batch, kd_head, vd_batch, vd_head, TRANSFORMED,
             )
             at = (first_row(b, row, seqlen_q, cu_seqlens_q) + token).to(tl.int64) * nheads + head
-            m, total, acc = empty_state(HEADS, DIM_V)
+            m, total, acc = empty_state(1, DIM_V)
             last_chunk = tl.where(low < high, (high + CHUNK - 1) // CHUNK, 0)
             for chunk in range(low // CHUNK, last_chunk, UNROLL):
                 for i in tl.static_range(UNROLL):
                     m_next, total_next, acc_next = load_part(
                         part_out, part_ml, at * num_chunks + (chunk + i) % num_chunks,
-                        exists & (chunk + i < last_chunk), HEADDIM_V, DIM_V,
+                        head * 0 + chunk + i < last_chunk, HEADDIM_V, DIM_V,
                     )
                     m, total, acc = merge(m, total, acc, m_next, total_next, acc_next, c)
+            exists = head >= 0
             acc, lse = finish(m, total, acc, c, sinks, head, exists, v_scale)
             store_rows(out, at, exists, acc, HEADDIM_V, DIM_V)
             at = lse_at(b, row, token, head, nheads, seqlen_q, total_q, cu_seqlens_q)

@@ -11,6 +11,8 @@ import triton.language as tl
 NONE = tl.constexpr(-1.0e30)  # m of a row that has seen no key: finite, so that m - m is 0
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+BITS_OF_2 = tl.constexpr(0x40000000)
+UNIT = tl.constexpr(2.0**-22)
 
 
 @triton.jit
@@ -20,13 +22,25 @@ def empty_state(BLOCK_M: tl.constexpr, DIM_V: tl.constexpr):
 
 
 @triton.jit
-def weights(scores, m, total, c):
+def sum_of_weights(p, EXACT: tl.constexpr):
+    """Of each row. A sum of floats would depend on how a tile lies in registers; these are counted
+    in units of 2**-22, which the bits of p + 2 are, and integers have one sum in any order. With
+    EXACT as floats, where one tile serves all calls."""
+    if EXACT:
+        return tl.sum(p, 1)
+    else:
+        units = (p + 2.0).to(tl.int32, bitcast=True) - BITS_OF_2
+        return tl.sum(units, 1).to(tl.float32) * UNIT
+
+
+@triton.jit
+def weights(scores, m, total, c, EXACT: tl.constexpr):
     """Of a block of scores, -inf where a key is not seen. A block without any changes nothing."""
     greatest = tl.maximum(m, tl.max(scores, 1))
     shift = tl.broadcast_to((-greatest * c)[:, None], scores.shape)
     p = tl.exp2(tl.fma(scores, tl.full(scores.shape, c, tl.float32), shift))
     alpha = tl.exp2((m - greatest) * c)
-    return p, greatest, tl.fma(total, alpha, tl.sum(p, 1)), alpha
+    return p, greatest, tl.fma(total, alpha, sum_of_weights(p, EXACT)), alpha
 
 
 @triton.jit
@@ -56,6 +70,8 @@ def finish(m, total, acc, c, sinks, head, exists, v_scale):
     scale = tl.where(blind, 0.0, scale / total)
     lse = tl.fma(m, LN2 + tl.zeros_like(m), tl.log(total))
     lse = tl.where(blind, float("-inf"), lse)
+    nan = tl.min((acc != acc).to(tl.int32), 1) == 1  # of scores, which integers do not keep
+    lse = tl.where(nan, float("nan"), lse)
     return acc * scale[:, None], lse
 
 

@@ -1,0 +1,368 @@
+"""Prefill on Hopper: the sums of triton/kernels/attention.py in the same order, hence the same bits.
+
+One warp copies q, k and v by descriptors; two warpgroups take 64 rows of a tile each. A block's
+product of q and k runs while the product of weights and v of the block before does.
+"""
+# fmt: off
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+NONE = gl.constexpr(-1.0e30)  # as triton/kernels/softmax.py has these
+LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+BITS_OF_2 = gl.constexpr(0x40000000)
+UNIT = gl.constexpr(2.0**-22)
+ROWS = gl.constexpr(64)  # of a warpgroup
+
+
+@gluon.jit
+def tile_of(
+    work, q_begins, k_begins, seqused_k, batch_size, seqlen_q, total_q, capacity, nheads_k, tiles,
+    NEIGHBOURS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, CAUSAL: gl.constexpr,
+    PACKED_Q: gl.constexpr, PACKED_K: gl.constexpr, USED_K: gl.constexpr,
+):
+    """(KV head, sequence, first token, row of q, rows, row of k, keys, blocks, blocks that all rows
+    see) of a work item; no blocks where there are no rows."""
+    before = work // (NEIGHBOURS * tiles) * NEIGHBOURS
+    at = work % (NEIGHBOURS * tiles)
+    size = gl.minimum(NEIGHBOURS, batch_size * nheads_k - before)
+    pair = before + at % size
+    b = pair // nheads_k
+    token = (tiles - 1 - at // size) * (2 * ROWS // GROUP)
+    q_begin = 0
+    rows = seqlen_q
+    if PACKED_Q:
+        q_begin = gl.maximum(gl.minimum(gl.load(q_begins + b), total_q), 0)
+        rows = gl.minimum(gl.load(q_begins + b + 1), total_q) - q_begin
+        rows = gl.minimum(rows, seqlen_q)
+    k_begin = 0
+    keys = capacity
+    if PACKED_K:
+        k_begin = gl.load(k_begins + b)
+        keys = gl.load(k_begins + b + 1) - k_begin
+    if USED_K:
+        keys = gl.maximum(gl.minimum(gl.load(seqused_k + b), keys), 0)
+    high = keys
+    full = keys
+    if CAUSAL:
+        high = gl.minimum(keys, keys - rows + token + 2 * ROWS // GROUP)
+        full = gl.minimum(keys, keys - rows + token + 1)
+    high = gl.where(token < rows, high, 0)
+    blocks = gl.maximum(high + BLOCK_N - 1, 0) // BLOCK_N
+    return pair % nheads_k, b, token, q_begin, rows, k_begin, keys, blocks, gl.maximum(full, 0) // BLOCK_N
+
+
+@gluon.jit
+def weights(scores, m, total, c, S: gl.constexpr):
+    greatest = gl.maximum(m, gl.max(scores, 1))
+    zero = gl.full(scores.shape, 0.0, gl.float32, layout=S)
+    p = gl.exp2(gl.fma(scores, zero + c, (-greatest * c)[:, None] + zero))
+    alpha = gl.exp2((m - greatest) * c)
+    units = (p + 2.0).to(gl.int32, bitcast=True) - BITS_OF_2
+    total = gl.fma(total, alpha, gl.sum(units, 1).to(gl.float32) * UNIT)
+    return p, greatest, total, alpha
+
+
+@gluon.jit
+def merge(m, total, acc, m_next, total_next, acc_next, c, O: gl.constexpr):
+    greatest = gl.maximum(m, m_next)
+    a = gl.exp2((m - greatest) * c)
+    b = gl.exp2((m_next - greatest) * c)
+    zero = gl.full(acc.shape, 0.0, gl.float32, layout=O)
+    of_rows: gl.constexpr = gl.SliceLayout(1, O)
+    acc = gl.fma(acc, gl.convert_layout(a, of_rows)[:, None] + zero, acc_next * gl.convert_layout(b, of_rows)[:, None])
+    return greatest, gl.fma(total, a, total_next * b), acc
+
+
+@gluon.jit
+def as_matrix(buffer, BLOCK_N: gl.constexpr, DIM: gl.constexpr):
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    return buffer._reinterpret(buffer.dtype, [BLOCK_N, DIM], layout)
+
+
+@gluon.jit
+def scores_of(q, k_buffer, BLOCK_N: gl.constexpr, DIM: gl.constexpr, S: gl.constexpr):
+    zero = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, layout=S)
+    keys = as_matrix(k_buffer, BLOCK_N, DIM).permute((1, 0))
+    return warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def clear_behind(v_buffer, first, BLOCK_N: gl.constexpr, DIM: gl.constexpr):
+    """Zeros in rows of v from `first` on: what lies behind a sequence may be NaN."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    values = as_matrix(v_buffer, BLOCK_N, DIM)
+    row = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
+    x = values.load(layout)
+    values.store(gl.where((row < first)[:, None], x, gl.zeros_like(x)))
+    fence_async_shared()
+
+
+@gluon.jit
+def step(
+    j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
+    k_full, k_empty, v_full, v_empty, last_seen, c,
+    BLOCK_N: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, NEW_CHUNK: gl.constexpr,
+    MASKED: gl.constexpr, S: gl.constexpr, O: gl.constexpr, P: gl.constexpr,
+):
+    """Scores and weights of block j, and the values of the block before it."""
+    stage = (at + j) % STAGES
+    mbarrier.wait(k_full.index(stage), ((at + j) // STAGES) & 1)
+    pending_scores = scores_of(q, k_buffers.index(stage), BLOCK_N, DIM, S)
+    before = (at + j - 1) % STAGES
+    mbarrier.wait(v_full.index(before), ((at + j - 1) // STAGES) & 1)
+    values = as_matrix(v_buffers.index(before), BLOCK_N, DIM)
+    pending = warpgroup_mma(p, values, acc, is_async=True)
+    scores = warpgroup_mma_wait(1, deps=[pending_scores])
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    if MASKED:
+        key = j * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S))
+        scores = gl.where(key[None, :] <= last_seen[:, None], scores, float("-inf"))
+    if NEW_CHUNK:
+        m_before = m
+        total_before = total
+        m = gl.full([ROWS], NONE, gl.float32, layout=gl.SliceLayout(1, S))
+        total = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, S))
+    weight, m, total, alpha = weights(scores, m, total, c, S)
+    acc = warpgroup_mma_wait(0, deps=[pending])
+    mbarrier.arrive(v_empty.index(before), count=1)
+    if NEW_CHUNK:
+        m_all, total_all, acc = merge(
+            m_all, total_all, acc_all.load(O), m_before, total_before, acc, c, O
+        )
+        acc_all.store(acc)
+        acc = gl.full([ROWS, DIM], 0.0, gl.float32, layout=O)
+    else:
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O))[:, None]
+    p = gl.convert_layout(weight.to(q.dtype), P)
+    return p, m, total, acc, m_all, total_all
+
+
+@gluon.jit
+def consume(
+    sums, q_buffers, k_buffers, v_buffers, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    out, softmax_lse, q_begins, k_begins, seqused_k,
+    batch_size, seqlen_q, total_q, capacity, nheads_k, tiles, work_items, c,
+    WHICH: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, DIM: gl.constexpr,
+    STAGES: gl.constexpr, CHUNK: gl.constexpr, NEIGHBOURS: gl.constexpr, CAUSAL: gl.constexpr,
+    PACKED_Q: gl.constexpr, PACKED_K: gl.constexpr, USED_K: gl.constexpr,
+):
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
+    OF_ROWS: gl.constexpr = gl.SliceLayout(1, S)
+    BLOCKS: gl.constexpr = CHUNK // BLOCK_N
+    q = as_matrix(q_buffers.index(WHICH), ROWS, DIM)
+    acc_all = sums.index(WHICH)
+    at = 0
+    round = 0
+    for work in range(gl.program_id(0), work_items, gl.num_programs(0)):
+        head_k, b, token, q_begin, rows, k_begin, keys, blocks, full = tile_of(
+            work, q_begins, k_begins, seqused_k, batch_size, seqlen_q, total_q, capacity, nheads_k, tiles,
+            NEIGHBOURS, GROUP, BLOCK_N, CAUSAL, PACKED_Q, PACKED_K, USED_K,
+        )
+        m = gl.full([ROWS], NONE, gl.float32, layout=OF_ROWS)
+        total = gl.full([ROWS], 0.0, gl.float32, layout=OF_ROWS)
+        acc = gl.full([ROWS, DIM], 0.0, gl.float32, layout=O)
+        m_all = m
+        total_all = total
+        acc_all.store(acc)
+        own = token + (WHICH * ROWS + gl.arange(0, ROWS, layout=OF_ROWS)) // GROUP
+        last_seen = keys - 1 + own * 0
+        if CAUSAL:
+            last_seen = gl.minimum(keys - rows + own, keys - 1)
+        if blocks > 0:
+            mbarrier.wait(q_full, round & 1)
+            stage = at % STAGES
+            mbarrier.wait(k_full.index(stage), (at // STAGES) & 1)
+            scores = warpgroup_mma_wait(0, deps=[scores_of(q, k_buffers.index(stage), BLOCK_N, DIM, S)])
+            mbarrier.arrive(k_empty.index(stage), count=1)
+            key = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S))
+            scores = gl.where(key[None, :] <= last_seen[:, None], scores, float("-inf"))
+            weight, m, total, alpha = weights(scores, m, total, c, S)
+            p = gl.convert_layout(weight.to(q.dtype), P)
+            for j in range(1, gl.minimum(BLOCKS, full)):
+                p, m, total, acc, m_all, total_all = step(
+                    j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
+                    k_full, k_empty, v_full, v_empty, last_seen, c,
+                    BLOCK_N, DIM, STAGES, False, False, S, O, P,
+                )
+            for begin in range(BLOCKS, full, BLOCKS):
+                p, m, total, acc, m_all, total_all = step(
+                    begin, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
+                    k_full, k_empty, v_full, v_empty, last_seen, c,
+                    BLOCK_N, DIM, STAGES, True, False, S, O, P,
+                )
+                for j in range(begin + 1, gl.minimum(begin + BLOCKS, full)):
+                    p, m, total, acc, m_all, total_all = step(
+                        j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
+                        k_full, k_empty, v_full, v_empty, last_seen, c,
+                        BLOCK_N, DIM, STAGES, False, False, S, O, P,
+                    )
+            for j in range(gl.maximum(full, 1), blocks):
+                if j % BLOCKS == 0:
+                    p, m, total, acc, m_all, total_all = step(
+                        j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
+                        k_full, k_empty, v_full, v_empty, last_seen, c,
+                        BLOCK_N, DIM, STAGES, True, True, S, O, P,
+                    )
+                else:
+                    p, m, total, acc, m_all, total_all = step(
+                        j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
+                        k_full, k_empty, v_full, v_empty, last_seen, c,
+                        BLOCK_N, DIM, STAGES, False, True, S, O, P,
+                    )
+            mbarrier.arrive(q_empty, count=1)
+            last = (at + blocks - 1) % STAGES
+            mbarrier.wait(v_full.index(last), ((at + blocks - 1) // STAGES) & 1)
+            if keys < blocks * BLOCK_N:
+                clear_behind(v_buffers.index(last), keys - (blocks - 1) * BLOCK_N, BLOCK_N, DIM)
+            values = as_matrix(v_buffers.index(last), BLOCK_N, DIM)
+            acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, values, acc, is_async=True)])
+            mbarrier.arrive(v_empty.index(last), count=1)
+            round += 1
+        m, total, acc = merge(m_all, total_all, acc_all.load(O), m, total, acc, c, O)
+        store(
+            out, softmax_lse, m, total, acc, c, b, q_begin, rows, token, head_k, seqlen_q, total_q,
+            nheads_k, not PACKED_Q, WHICH, GROUP, DIM, S, O,
+        )
+        at += blocks
+
+
+@gluon.jit
+def store(
+    out, softmax_lse, m, total, acc, c, b, q_begin, rows, token, head_k, seqlen_q, total_q,
+    nheads_k, DENSE: gl.constexpr, WHICH: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr,
+    S: gl.constexpr, O: gl.constexpr,
+):
+    nheads = nheads_k * GROUP
+    row0 = q_begin
+    if DENSE:
+        row0 = b * seqlen_q
+    blind = total == 0
+    total = gl.where(blind, 1.0, total)
+    scale = gl.convert_layout(gl.where(blind, 0.0, 1.0 / total), gl.SliceLayout(1, O))
+    in_tile = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, O))
+    own = token + in_tile // GROUP
+    head = head_k * GROUP + in_tile % GROUP
+    column = gl.arange(0, DIM, layout=gl.SliceLayout(0, O))
+    offset = ((row0 + own).to(gl.int64) * nheads + head) * DIM
+    x = (acc * scale[:, None]).to(out.dtype.element_ty)
+    gl.store(out + offset[:, None] + column[None, :], x, mask=(own < rows)[:, None])
+    nan = gl.convert_layout(gl.min((acc != acc).to(gl.int32), 1), gl.SliceLayout(1, S)) == 1
+    lse = gl.fma(m * c, LN2 + gl.zeros_like(m), gl.log(total))
+    lse = gl.where(nan, float("nan"), gl.where(blind, float("-inf"), lse))
+    in_tile = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+    own = token + in_tile // GROUP
+    head = head_k * GROUP + in_tile % GROUP
+    place = head.to(gl.int64) * total_q + q_begin + own
+    if DENSE:
+        place = (b.to(gl.int64) * nheads + head) * seqlen_q + own
+    gl.store(softmax_lse + place, lse, mask=own < rows)
+
+
+@gluon.jit
+def produce(
+    q, k, v, pages, table_row, q_buffers, k_buffers, v_buffers, q_full, q_empty, k_full, k_empty,
+    v_full, v_empty, q_begins, k_begins, seqused_k,
+    batch_size, seqlen_q, total_q, capacity, num_pages, nheads_k, tiles, work_items,
+    GROUP: gl.constexpr, BLOCK_N: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, NEIGHBOURS: gl.constexpr, CAUSAL: gl.constexpr,
+    PACKED_Q: gl.constexpr, PACKED_K: gl.constexpr, USED_K: gl.constexpr,
+):
+    at = 0
+    round = 0
+    for work in range(gl.program_id(0), work_items, gl.num_programs(0)):
+        head_k, b, token, q_begin, rows, k_begin, keys, blocks, full = tile_of(
+            work, q_begins, k_begins, seqused_k, batch_size, seqlen_q, total_q, capacity, nheads_k, tiles,
+            NEIGHBOURS, GROUP, BLOCK_N, CAUSAL, PACKED_Q, PACKED_K, USED_K,
+        )
+        entry = b
+        if PACKED_K:
+            entry = 0
+        q_entry = b
+        if PACKED_Q:
+            q_entry = 0
+        if blocks > 0:
+            mbarrier.wait(q_empty, (round & 1) ^ 1)
+            mbarrier.expect(q_full, 2 * ROWS * DIM * 2)
+            for i in gl.static_range(2):
+                place = [q_entry, q_begin + token + i * (ROWS // GROUP), head_k * GROUP, 0]
+                tma.async_copy_global_to_shared(q, place, q_full, q_buffers.index(i))
+            round += 1
+        for j in range(blocks):
+            stage = (at + j) % STAGES
+            phase = (((at + j) // STAGES) & 1) ^ 1
+            row = k_begin + j * BLOCK_N
+            if PAGE_SIZE > 0:
+                page = gl.load(pages + b.to(gl.int64) * table_row + j * BLOCK_N // PAGE_SIZE)
+                entry = gl.minimum(gl.maximum(page, 0), num_pages - 1)
+                row = j * BLOCK_N % PAGE_SIZE
+            mbarrier.wait(k_empty.index(stage), phase)
+            mbarrier.expect(k_full.index(stage), BLOCK_N * DIM * 2)
+            tma.async_copy_global_to_shared(k, [entry, row, head_k, 0], k_full.index(stage), k_buffers.index(stage))
+            mbarrier.wait(v_empty.index(stage), phase)
+            mbarrier.expect(v_full.index(stage), BLOCK_N * DIM * 2)
+            tma.async_copy_global_to_shared(v, [entry, row, head_k, 0], v_full.index(stage), v_buffers.index(stage))
+        at += blocks
+
+
+@gluon.jit(do_not_specialize=["batch_size", "seqlen_q", "total_q", "capacity", "num_pages", "tiles", "work_items"])
+def prefill(
+    q, k, v, out, softmax_lse, pages, q_begins, k_begins, seqused_k,
+    batch_size, seqlen_q, total_q, capacity, num_pages, tiles, work_items, softmax_scale, table_row,
+    nheads_k, GROUP: gl.constexpr, DIM: gl.constexpr, BLOCK_N: gl.constexpr, CHUNK: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, CAUSAL: gl.constexpr, NEIGHBOURS: gl.constexpr, STAGES: gl.constexpr,
+    PACKED_Q: gl.constexpr, PACKED_K: gl.constexpr, USED_K: gl.constexpr,
+):
+    """Tensors that USED_K, PACKED_Q, PACKED_K or a PAGE_SIZE of 0 make needless may be any."""
+    dtype: gl.constexpr = q.dtype
+    q_buffers = gl.allocate_shared_memory(dtype, [2, 1, ROWS // GROUP, GROUP, DIM], q.layout)
+    k_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, DIM], k.layout)
+    v_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, DIM], v.layout)
+    sums = gl.allocate_shared_memory(gl.float32, [2, ROWS, DIM], gl.SwizzledSharedLayout(2, 1, 16, [1, 0]))
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_empty, count=2)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    fence_async_shared()
+    c = softmax_scale * LOG2E
+    gl.warp_specialize([
+        (consume, (
+            sums, q_buffers, k_buffers, v_buffers, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            out, softmax_lse, q_begins, k_begins, seqused_k, batch_size, seqlen_q, total_q,
+            capacity, nheads_k, tiles, work_items, c, 0,
+            GROUP, BLOCK_N, DIM, STAGES, CHUNK, NEIGHBOURS, CAUSAL, PACKED_Q, PACKED_K, USED_K,
+        )),
+        (consume, (
+            sums, q_buffers, k_buffers, v_buffers, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            out, softmax_lse, q_begins, k_begins, seqused_k, batch_size, seqlen_q, total_q,
+            capacity, nheads_k, tiles, work_items, c, 1,
+            GROUP, BLOCK_N, DIM, STAGES, CHUNK, NEIGHBOURS, CAUSAL, PACKED_Q, PACKED_K, USED_K,
+        )),
+        (produce, (
+            q, k, v, pages, table_row,
+            q_buffers, k_buffers, v_buffers, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            q_begins, k_begins, seqused_k, batch_size, seqlen_q, total_q, capacity, num_pages,
+            nheads_k, tiles, work_items,
+            GROUP, BLOCK_N, DIM, STAGES, PAGE_SIZE, NEIGHBOURS, CAUSAL, PACKED_Q, PACKED_K, USED_K,
+        )),
+    ], [4, 1], [240, 24])

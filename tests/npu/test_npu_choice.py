@@ -84,7 +84,8 @@ flash_attn_kvcache: flash_attn_npu
 flash_attn_kvcache: torch
   copies what is read of k and v, because plain torch operators read them dense
   not flash_attn_npu: alibi_slopes, attention_chunk
-  not fused_infer_attention: alibi_slopes, attention_chunk""",
+  not fused_infer_attention: alibi_slopes, attention_chunk
+  not triton: triton-ascend is not installed""",
         )
 
     def test_a_cache_that_has_to_be_copied(self) -> None:
@@ -131,7 +132,7 @@ def test_a_fallback_warns_once_with_the_reasons() -> None:
         three_times()
     assert [str(w.message) for w in caught] == [
         "fa3_ops: served by torch, because flash_attn_npu: attention_chunk; "
-        "fused_infer_attention: attention_chunk"
+        "fused_infer_attention: attention_chunk; triton: triton-ascend is not installed"
     ]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fa3_ops.backends import torch_ops
+from fa3_ops.backends import torch_ops, triton
 from fa3_ops.backends.call import (
     Append,
     Attention,
@@ -29,6 +29,7 @@ from fa3_ops.backends.npu.ge.torchair import attach_when_loaded
 from fa3_ops.backends.npu.prepare import prepare
 from fa3_ops.backends.npu.scatter_pa_kv_cache import ScatterPaKvCache
 from fa3_ops.backends.npu.scheduler_metadata import empty_plan
+from fa3_ops.backends.npu.triton_ascend import ByTritonAscend, most_rows
 
 NPU = Device(
     "npu",
@@ -39,7 +40,12 @@ NPU = Device(
     prepare=prepare,
     plan=empty_plan,
     backends={
-        Attention: [FlashAttnNpu(), FusedInferAttention(), torch_ops.TorchAttention()],
+        Attention: [
+            FlashAttnNpu(),
+            FusedInferAttention(),
+            ByTritonAscend(triton.TritonAttention(most_rows)),
+            torch_ops.TorchAttention(),
+        ],
         Gradient: [FlashAttnNpuGradient(), torch_ops.TorchGradient()],
         Append: [ScatterPaKvCache(), torch_ops.TorchWrites()],
         Scatter: [ScatterPaKvCache(), torch_ops.TorchWrites()],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,11 +30,15 @@ TENSORS = (
 ROWS, BLOCKS, PAGES = range(3)  # how k and v lie, as kernels/keys.py has it
 NEIGHBOURS = 8  # pairs of sequence and KV head that are at work together
 MOST_ROWS = 64  # of a tile
+MERGED_HEADS = 1  # heads of a group that one program of `combine` merges
 UNROLL = 16  # chunks that `combine` loads at once
 
 
 class TritonAttention(Backend[Attention]):
     name = "triton"
+
+    def __init__(self, most_rows: Callable[[int], int] = lambda headdim_v: MOST_ROWS) -> None:
+        self.most_rows = most_rows  # of a tile, as the device has room for headdim_v
 
     def not_supported_reasons(self, request: Attention, run: Run) -> list[str]:
         return reasons_against(request.q.dtype)
@@ -48,7 +53,7 @@ class TritonAttention(Backend[Attention]):
         return replace(request, **strided) if strided else request
 
     def launch(self, request: Attention, lowered: Attention, run: Run) -> tuple[Tensor, Tensor]:
-        return attend(lowered)
+        return attend(lowered, self.most_rows(lowered.headdim_v))
 
 
 @dataclass(frozen=True)
@@ -59,31 +64,28 @@ class Work:
     schedule: Schedule
     capacity: int  # keys that a sequence has room for, or rows of packed k
     num_chunks: int  # that a tile of rows touches at most, where they are work items
-    tiles: int  # of rows, of each sequence and KV head
 
     @staticmethod
-    def of(call: Attention) -> Work:
+    def of(call: Attention, most_rows: int) -> Work:
         dtype, dims = call.q.dtype, (call.headdim, call.headdim_v)
-        group = call.nheads // call.nheads_k
         capacity = longest = call.k.shape[0 if call.cu_seqlens_k is not None else 1]
         if call.page_table is not None:
             capacity = longest = capacity * call.page_table.shape[1]
         if call.cu_seqlens_k is not None:
             longest = min(call.max_seqlen_k or 0, capacity)
-        num_chunks = chunks_of_a_tile(call, longest, -(-MOST_ROWS // group))
-        rows = call.seqlen_q * group
+        num_chunks = chunks_of_a_tile(call, longest, most_rows)
         plan = schedule(
             dtype,
             dims,
-            rows,
+            call.seqlen_q,
+            call.nheads // call.nheads_k,
             call.batch_size * call.nheads_k,
             num_chunks,
             call.q.shape[:-1].numel() * call.headdim_v,
             processors(call.q.device),
+            most_rows,
         )
-        tiles = -(-rows // plan.block_m)
-        chunks = num_chunks if plan.split else 1
-        return Work(block_n(dtype, *dims), plan, capacity, chunks, tiles)
+        return Work(block_n(dtype, *dims), plan, capacity, num_chunks if plan.split else 1)
 
 
 def chunks_of_a_tile(call: Attention, capacity: int, tokens: int) -> int:
@@ -117,17 +119,17 @@ def results(call: Attention) -> tuple[Tensor, Tensor]:
     return out, call.q.new_full(lse_shape, float("-inf"), dtype=torch.float32)
 
 
-def attend(call: Attention) -> tuple[Tensor, Tensor]:
+def attend(call: Attention, most_rows: int) -> tuple[Tensor, Tensor]:
     from fa3_ops.backends.triton.kernels.attention import attention, combine
 
-    work = Work.of(call)
+    work = Work.of(call, most_rows)
     out, lse = results(call)
     group = call.nheads // call.nheads_k
     part_out = part_ml = None
     if work.schedule.split:
-        parts = call.q.shape[:-1].numel() * work.num_chunks
-        part_out = call.q.new_empty((parts, call.headdim_v), dtype=torch.float32)
-        part_ml = call.q.new_empty((parts, 2), dtype=torch.float32)
+        parts = (work.num_chunks, call.q.shape[:-1].numel())
+        part_out = call.q.new_empty((*parts, call.headdim_v), dtype=torch.float32)
+        part_ml = call.q.new_empty((2, *parts), dtype=torch.float32)
     softcap = call.softcap or None
     left, right = (None if n < 0 else n for n in call.window_size)
     limits = (left, right, call.attention_chunk or None)
@@ -147,7 +149,7 @@ def attend(call: Attention) -> tuple[Tensor, Tensor]:
     }
     lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k)
     total_q = call.q.shape[0]
-    items = work.tiles * call.batch_size * call.nheads_k * work.num_chunks
+    items = work.schedule.tiles * call.batch_size * call.nheads_k * work.num_chunks
     dim, dim_rest = parts_of(call.headdim)
     launch(
         attention,
@@ -158,17 +160,18 @@ def attend(call: Attention) -> tuple[Tensor, Tensor]:
         *(call.cache_batch_idx, call.cache_leftpad, call.cache_start, call.page_table),
         *(*descales, slopes, call.sinks),
         *(call.batch_size, call.seqlen_q, total_q, work.capacity),
-        *(_entries(call), call.k.shape[0], work.tiles, work.num_chunks, items),
+        *(_entries(call), call.k.shape[0], work.schedule.tiles, work.num_chunks, items),
         *(call.softmax_scale, softcap, *limits),
         *(*_strides(call.q), *_strides(call.qv), *_strides(call.k), *_strides(call.v)),
         0 if call.page_table is None else call.page_table.stride(0),
         *descale_strides,
         slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
-        call.nheads_k,
+        *(call.q.shape[:-1].numel(), call.nheads_k),
         HEADDIM=call.headdim,
         DIM=dim,
         DIM_REST=dim_rest,
-        BLOCK_M=work.schedule.block_m,
+        TOKENS=work.schedule.block_m // work.schedule.heads,
+        HEADS=work.schedule.heads,
         BLOCK_N=work.block_n,
         COMPUTE=_compute_type(call.q.dtype),
         LAYOUT=layout_of(call, work.block_n),
@@ -181,14 +184,16 @@ def attend(call: Attention) -> tuple[Tensor, Tensor]:
         **constexprs,
     )
     if part_out is not None:
-        items = call.batch_size * call.seqlen_q * call.nheads
+        items = call.batch_size * call.seqlen_q * call.nheads_k * -(-group // MERGED_HEADS)
         launch(
             combine,
             programs(items, call.q.device),
             *(part_out, part_ml, out, lse, *lengths, call.cache_leftpad, call.cache_start),
             *(*descales, call.sinks),
             *(call.seqlen_q, total_q, work.capacity, work.num_chunks, items),
-            *(call.softmax_scale, *limits, *descale_strides, call.nheads_k),
+            *(call.softmax_scale, *limits, *descale_strides),
+            *(call.q.shape[:-1].numel(), call.nheads_k),
+            HEADS=MERGED_HEADS,
             UNROLL=UNROLL,
             num_warps=1,
             **constexprs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from typing import Any
 
 import torch
 
@@ -24,12 +25,20 @@ def processors(device: torch.device) -> int:
     """Of which each works off a tile at a time, or a few."""
     if device.type == "cpu":
         return 1  # Triton's interpreter
-    return int(torch.get_device_module(device).get_device_properties(device).multi_processor_count)
+    properties = _properties(device)
+    return int(getattr(properties, "cube_core_num", 0) or properties.multi_processor_count)
 
 
 def programs(items: int, device: torch.device) -> int:
-    """How many programs share the work items."""
-    return items
+    """How many programs share the work items: one for each, but where every core has one program at
+    a time, as many as there are cores."""
+    one_at_a_time = device.type != "cpu" and hasattr(_properties(device), "cube_core_num")
+    return min(items, processors(device)) if one_at_a_time else items
+
+
+@functools.cache
+def _properties(device: torch.device) -> Any:
+    return torch.get_device_module(device).get_device_properties(device)
 
 
 @functools.cache

@@ -15,6 +15,8 @@ class Schedule:
     """How a call is worked off, by programs of num_warps with num_stages of keys in flight."""
 
     block_m: int  # rows of a tile
+    heads: int  # of each token of a tile, a power of 2
+    tiles: int  # of each sequence and KV head
     num_warps: int
     num_stages: int
     split: bool  # every chunk of keys is a work item of its own, to be merged afterwards
@@ -42,30 +44,52 @@ def block_n(dtype: torch.dtype, headdim: int, headdim_v: int) -> int:
     return 64 if width <= 256 else 32
 
 
+def fewest_tiles(tokens: int, group: int, block_m: int) -> tuple[int, int]:
+    """(how many tiles have all rows of a sequence and KV head, of how many heads each): a power of
+    2 that may be more than there are."""
+    heads = 1
+    found = []
+    while heads <= block_m and heads < 2 * group:
+        found.append((-(-tokens * heads // block_m) * -(-group // heads), -heads))
+        heads *= 2
+    tiles, heads = min(found)
+    return tiles, -heads
+
+
+def shape_of(dtype: torch.dtype, headdim: int, headdim_v: int, few: bool) -> tuple[int, int]:
+    """(rows of a tile, warps)."""
+    width = max(headdim, headdim_v)
+    if dtype == torch.float32:  # its sums are of floats: one tile for all calls
+        return (32, 4) if width <= 128 else (16, 4)
+    if few:
+        return 16, 4
+    if width > 256:
+        return 32, 8
+    return 64, 4 if headdim_v <= 128 else 8
+
+
 def schedule(
     dtype: torch.dtype,
     dims: tuple[int, int],
-    rows: int,
+    tokens: int,
+    group: int,
     pairs: int,
     num_chunks: int,
     numbers: int,
     processors: int,
+    most_rows: int,
 ) -> Schedule:
-    """For `rows` of each of so many pairs of sequence and KV head. Chunks are work items where
-    there are too few tiles for the processors, and room for a partial result of `numbers` each."""
-    headdim, headdim_v = dims
-    width = max(headdim, headdim_v)
-    few = rows <= 16
-    if dtype == torch.float32:  # sums of floats: one tile for all
-        block_m, num_warps = (32, 4) if width <= 128 else (16, 4)
-    elif width > 256:
-        block_m, num_warps = (16, 4) if few else (32, 8)
-    else:
-        block_m, num_warps = (16, 4) if few else (64, 4 if headdim_v <= 128 else 8)
-    tiles = pairs * -(-rows // block_m)
+    """For `tokens` rows of q in each of so many pairs of sequence and KV head, in tiles of at most
+    most_rows. Chunks are work items where there are too few tiles for the processors, and room for
+    a partial result of `numbers` each."""
+    few = tokens * group <= 16
+    block_m, num_warps = shape_of(dtype, *dims, few)
+    block_m = min(block_m, most_rows)
+    tiles, heads = fewest_tiles(tokens, group, block_m)
     enough = 2 * processors if few else processors
-    split = num_chunks > 1 and tiles < enough and num_chunks * numbers <= MOST_PARTIAL_NUMBERS
-    items = tiles * (num_chunks if split else 1)
-    if few and width <= 128 and dtype != torch.float32 and items > processors:
+    split = num_chunks > 1 and tiles * pairs < enough
+    split = split and num_chunks * numbers <= MOST_PARTIAL_NUMBERS
+    items = tiles * pairs * (num_chunks if split else 1)
+    if few and max(dims) <= 128 and dtype != torch.float32 and items > processors:
         num_warps = 2  # more programs at a time, each slower
-    return Schedule(block_m, num_warps, 2, split)
+    return Schedule(block_m, heads, tiles, num_warps, 2, split)

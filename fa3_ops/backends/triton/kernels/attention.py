@@ -1,9 +1,10 @@
 """Attention: prefill, chunked prefill and decode from one source.
 
-The rows of a tile are (token, head of the group), so that a block of keys is loaded once for a
-group. Blocks of keys and chunks of CHUNK keys start at multiples of their sizes in the sequence. A
-chunk starts from an empty state, and chunks are merged from left to right: here, or by `combine`
-where every chunk is a work item of its own. What a row gives depends on neither.
+The rows of a tile are TOKENS tokens of HEADS heads each, all of one KV head, so that a block of
+keys is loaded once for them. Blocks of keys and chunks of CHUNK keys start at multiples of their
+sizes in the sequence. A chunk starts from an empty state, and chunks are merged from left to right:
+here, or by `combine` where every chunk is a work item of its own. What a row gives depends on
+neither.
 """
 # fmt: off
 
@@ -11,6 +12,15 @@ import triton
 import triton.language as tl
 
 from fa3_ops.backends.triton.kernels.keys import load_block, load_described
+from fa3_ops.backends.triton.kernels.rows import (
+    load_numbers,
+    load_of_heads,
+    load_rows,
+    of_tokens,
+    store_by_heads,
+    store_numbers,
+    store_rows,
+)
 from fa3_ops.backends.triton.kernels.sequences import (
     bounded,
     key_rows,
@@ -52,24 +62,13 @@ def chunk_of(low, high, chunk, num_chunks, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def load_rows(
-    x, token, head, exists, row_stride, head_stride, column, width,
-    DIM: tl.constexpr, COMPUTE: tl.constexpr,
-):
-    """(rows, DIM) of q or qv, as numbers that products are made of."""
-    columns = (column + tl.arange(0, DIM))[None, :]
-    pointer = x + (token.to(tl.int64) * row_stride + head * head_stride)[:, None] + columns
-    return tl.load(pointer, mask=exists[:, None] & (columns < width), other=0.0).to(COMPUTE)
-
-
-@triton.jit
-def rows_at(x, b, row, batch_stride, row_stride, cu_seqlens):
-    """Where the rows of sequence b begin."""
+def rows_at(x, b, row, token, head, batch_stride, row_stride, head_stride, cu_seqlens):
+    """Where a token and head of sequence b is."""
     if cu_seqlens is None:
         x += b.to(tl.int64) * batch_stride
     else:
         x += row.to(tl.int64) * row_stride
-    return x
+    return x + token.to(tl.int64) * row_stride + head * head_stride
 
 
 @triton.jit
@@ -82,37 +81,53 @@ def first_row(b, row, seqlen_q, cu_seqlens_q):
 
 @triton.jit
 def lse_at(b, row, token, head, nheads, seqlen_q, total_q, cu_seqlens_q):
-    """Where softmax_lse, (batch_size, nheads, seqlen_q) or (nheads, total_q), has its rows."""
-    at = head.to(tl.int64) * total_q + row + token
-    if cu_seqlens_q is None:
-        at = (b.to(tl.int64) * nheads + head) * seqlen_q + token
+    """Where softmax_lse, (batch_size, nheads, seqlen_q) or (nheads, total_q), has a row."""
+    at = (b.to(tl.int64) * nheads + head) * seqlen_q + token
+    if cu_seqlens_q is not None:
+        at = head.to(tl.int64) * total_q + row + token
     return at
 
 
 @triton.jit
-def store_rows(x, at, exists, rows, WIDTH: tl.constexpr, DIM: tl.constexpr):
-    columns = tl.arange(0, DIM)[None, :]
-    mask = exists[:, None] & (columns < WIDTH)
-    tl.store(x + at[:, None] * WIDTH + columns, rows.to(x.dtype.element_ty), mask=mask)
+def store_results(
+    out, softmax_lse, rows, lse, b, row, token, head, tokens, heads, nheads, seqlen_q, total_q,
+    cu_seqlens_q,
+    HEADDIM_V: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, DIM_V: tl.constexpr,
+):
+    """To out (rows, nheads, headdim_v) and softmax_lse."""
+    at = (first_row(b, row, seqlen_q, cu_seqlens_q) + token).to(tl.int64) * nheads + head
+    store_rows(
+        out + at * HEADDIM_V, rows, tokens, heads, HEADDIM_V, nheads * HEADDIM_V, HEADDIM_V,
+        TOKENS, HEADS, DIM_V,
+    )
+    at = lse_at(b, row, token, head, nheads, seqlen_q, total_q, cu_seqlens_q)
+    stride = seqlen_q if cu_seqlens_q is None else total_q
+    store_by_heads(softmax_lse + at, lse, tokens, heads, stride, TOKENS, HEADS)
 
 
 @triton.jit
 def store_part(
-    part_out, part_ml, at, exists, m, total, acc, HEADDIM_V: tl.constexpr, DIM_V: tl.constexpr
+    part_out, part_ml, at, parts, nheads, m, total, acc, tokens, heads,
+    HEADDIM_V: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, DIM_V: tl.constexpr,
 ):
-    store_rows(part_out, at, exists, acc, HEADDIM_V, DIM_V)
-    tl.store(part_ml + at * 2, m, mask=exists)
-    tl.store(part_ml + at * 2 + 1, total, mask=exists)
+    store_rows(
+        part_out + at * HEADDIM_V, acc, tokens, heads, HEADDIM_V, nheads * HEADDIM_V, HEADDIM_V,
+        TOKENS, HEADS, DIM_V,
+    )
+    store_numbers(part_ml + at, m, tokens, heads, nheads, TOKENS, HEADS)
+    store_numbers(part_ml + parts + at, total, tokens, heads, nheads, TOKENS, HEADS)
 
 
 @triton.jit
-def load_part(part_out, part_ml, at, exists, HEADDIM_V: tl.constexpr, DIM_V: tl.constexpr):
-    """A state as store_part wrote it, an empty one where there is none."""
-    columns = tl.arange(0, DIM_V)[None, :]
-    mask = exists[:, None] & (columns < HEADDIM_V)
-    m = tl.load(part_ml + at * 2, mask=exists, other=NONE)
-    total = tl.load(part_ml + at * 2 + 1, mask=exists, other=0.0)
-    return m, total, tl.load(part_out + at[:, None] * HEADDIM_V + columns, mask=mask, other=0.0)
+def load_part(
+    part_out, part_ml, at, parts, heads,
+    HEADDIM_V: tl.constexpr, HEADS: tl.constexpr, DIM_V: tl.constexpr,
+):
+    """The state of `heads` heads of a token as store_part wrote it; of others an empty one."""
+    m = load_numbers(part_ml + at, 1, heads, 0, NONE, 1, HEADS)
+    total = load_numbers(part_ml + parts + at, 1, heads, 0, 0.0, 1, HEADS)
+    acc = load_rows(part_out + at * HEADDIM_V, 1, heads, HEADDIM_V, 0, HEADDIM_V, 1, HEADS, DIM_V)
+    return m, total, acc
 
 
 @triton.jit
@@ -220,30 +235,34 @@ def attend_block(
 @triton.jit
 def attend(
     q, qv, k, v, k_described, k_rest_described, v_described, pages, entry, head_k, alibi_slopes,
-    token, head, exists, rows, shift, first, end, low, full, high,
+    token, tokens, heads, rows, shift, first, end, low, full, high,
     window_left, window_right, attention_chunk, q_row, q_head, qv_row, qv_head,
     k_row, k_page, v_row, v_page, num_pages, capacity, scale, qv_scale, softcap, c,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, DIM: tl.constexpr, DIM_REST: tl.constexpr,
-    DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
-    COMPUTE: tl.constexpr, LAYOUT: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    DIM_V: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr, COMPUTE: tl.constexpr, LAYOUT: tl.constexpr, PAGE_SIZE: tl.constexpr,
     TRANSFORMED: tl.constexpr, LOWER: tl.constexpr, FOLD: tl.constexpr,
 ):
     """The state of a tile of rows after the keys of low..high."""
-    begin, stop = visible(
-        token, rows, first, end, window_left, window_right, attention_chunk
-    )
-    stop = tl.where(token < rows, stop, begin)
-    diagonal = token + end - rows
-    q_tile = load_rows(q, token, head, exists, q_row, q_head, 0, HEADDIM, DIM, COMPUTE)
+    BLOCK_M: tl.constexpr = TOKENS * HEADS
+    at = of_tokens(token + tl.arange(0, TOKENS), TOKENS, HEADS)
+    begin, stop = visible(at, rows, first, end, window_left, window_right, attention_chunk)
+    stop = tl.where(at < rows, stop, begin)
+    diagonal = at + end - rows
+    q_tile = load_rows(q, tokens, heads, HEADDIM, q_row, q_head, TOKENS, HEADS, DIM).to(COMPUTE)
     q_rest = q_tile
     if DIM_REST > 0:
-        q_rest = load_rows(q, token, head, exists, q_row, q_head, DIM, HEADDIM, DIM_REST, COMPUTE)
+        q_rest = load_rows(
+            q + DIM, tokens, heads, HEADDIM - DIM, q_row, q_head, TOKENS, HEADS, DIM_REST
+        ).to(COMPUTE)
     qv_tile = None
     if qv is not None:
-        qv_tile = load_rows(qv, token, head, exists, qv_row, qv_head, 0, HEADDIM_V, DIM_V, COMPUTE)
+        qv_tile = load_rows(
+            qv, tokens, heads, HEADDIM_V, qv_row, qv_head, TOKENS, HEADS, DIM_V
+        ).to(COMPUTE)
     slope = None
     if alibi_slopes is not None:
-        slope = tl.load(alibi_slopes + head, mask=exists, other=0.0)
+        slope = load_of_heads(alibi_slopes, heads, TOKENS, HEADS)
 
     block_of_low = low // BLOCK_N * BLOCK_N
     full = block_of_low + tl.maximum(full - block_of_low, 0) // BLOCK_N * BLOCK_N
@@ -281,35 +300,35 @@ def attention(
     softmax_scale, softcap, window_left, window_right, attention_chunk,
     q_batch, q_row, q_head, qv_batch, qv_row, qv_head, k_batch, k_row, k_head,
     v_batch, v_row, v_head, table_row, qd_batch, qd_head, kd_batch, kd_head, vd_batch, vd_head,
-    alibi_batch, nheads_k,
+    alibi_batch, part_stride, nheads_k,
     GROUP: tl.constexpr, HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, DIM: tl.constexpr,
-    DIM_REST: tl.constexpr, DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr, COMPUTE: tl.constexpr, LAYOUT: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    TRANSFORMED: tl.constexpr, SPLIT: tl.constexpr, FOLD: tl.constexpr, NEIGHBOURS: tl.constexpr,
+    DIM_REST: tl.constexpr, DIM_V: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, COMPUTE: tl.constexpr, LAYOUT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, TRANSFORMED: tl.constexpr, SPLIT: tl.constexpr, FOLD: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
 ):
     """Writes out (rows, nheads, headdim_v) and softmax_lse, or with SPLIT the state of a chunk:
-    part_out (rows, nheads, num_chunks, headdim_v) and part_ml (rows, nheads, num_chunks, 2)."""
-    LOWER: tl.constexpr = (
-        window_left is not None or attention_chunk is not None or cache_start is not None
-    )
+    part_out (num_chunks, rows, nheads, headdim_v) and part_ml (2, num_chunks, rows, nheads)."""
+    LIMITED: tl.constexpr = window_left is not None or attention_chunk is not None
+    LOWER: tl.constexpr = LIMITED or cache_start is not None
+    HEAD_BLOCKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     for work in range(tl.program_id(0), work_items, tl.num_programs(0)):
         b, head_k, tile, chunk = tile_of(work, batch_size, nheads_k, tiles, num_chunks, NEIGHBOURS)
         row, rows = query_rows(b, seqlen_q, total_q, cu_seqlens_q, seqused_q)
         shift, first, end = key_rows(
             b, capacity, cu_seqlens_k, seqused_k, cache_leftpad, cache_start
         )
+        token = tile // HEAD_BLOCKS * TOKENS
+        heads = GROUP - tile % HEAD_BLOCKS * HEADS
+        head = head_k * GROUP + tile % HEAD_BLOCKS * HEADS
         low, full, high = range_of(
-            tile * BLOCK_M // GROUP, (tile * BLOCK_M + BLOCK_M - 1) // GROUP, rows, first, end,
-            window_left, window_right, attention_chunk,
+            token, token + TOKENS - 1, rows, first, end, window_left, window_right, attention_chunk
         )
         if SPLIT:
             low, high = chunk_of(low, high, chunk, num_chunks, CHUNK)
             full = tl.minimum(full, high)
-        token = (tile * BLOCK_M + tl.arange(0, BLOCK_M)) // GROUP
-        head = head_k * GROUP + (tile * BLOCK_M + tl.arange(0, BLOCK_M)) % GROUP
-        rows_of_out = seqlen_q if cu_seqlens_q is None else rows
-        exists = token < rows_of_out
-        if (tile * BLOCK_M // GROUP < rows_of_out) & ((low < high) | (not SPLIT)):
+        tokens = (seqlen_q if cu_seqlens_q is None else rows) - token
+        if (tokens > 0) & ((low < high) | (not SPLIT)):
             scale, qv_scale, c, v_scale = factors(
                 b, head_k, softmax_scale, q_descale, k_descale, v_descale,
                 qd_batch, qd_head, kd_batch, kd_head, vd_batch, vd_head, TRANSFORMED,
@@ -323,33 +342,39 @@ def attention(
             elif cu_seqlens_k is None:
                 k_rows += entry * k_batch
                 v_rows += entry * v_batch
+            q_rows = rows_at(q, b, row, token, head, q_batch, q_row, q_head, cu_seqlens_q)
             qv_rows = qv
             if qv is not None:
-                qv_rows = rows_at(qv, b, row, qv_batch, qv_row, cu_seqlens_q)
+                qv_rows = rows_at(qv, b, row, token, head, qv_batch, qv_row, qv_head, cu_seqlens_q)
             slopes = alibi_slopes
             if alibi_slopes is not None:
-                slopes = alibi_slopes + b * alibi_batch
+                slopes = alibi_slopes + b * alibi_batch + head
             m, total, acc = attend(
-                rows_at(q, b, row, q_batch, q_row, cu_seqlens_q), qv_rows,
-                k_rows, v_rows, k_described, k_rest_described, v_described, pages,
-                entry if cu_seqlens_k is None else entry * 0, head_k, slopes, token, head, exists, rows, shift, first, end,
-                low, full, high, window_left, window_right, attention_chunk,
-                q_row, q_head, qv_row, qv_head, k_row, k_batch, v_row, v_batch, num_pages, capacity,
-                scale, qv_scale, softcap, c,
-                HEADDIM, HEADDIM_V, DIM, DIM_REST, DIM_V, BLOCK_M, BLOCK_N, CHUNK, COMPUTE,
+                q_rows, qv_rows, k_rows, v_rows, k_described, k_rest_described, v_described, pages,
+                entry if cu_seqlens_k is None else entry * 0, head_k, slopes, token, tokens, heads,
+                rows, shift, first, end, low, full, high,
+                window_left, window_right, attention_chunk, q_row, q_head, qv_row, qv_head,
+                k_row, k_batch, v_row, v_batch, num_pages, capacity, scale, qv_scale, softcap, c,
+                HEADDIM, HEADDIM_V, DIM, DIM_REST, DIM_V, TOKENS, HEADS, BLOCK_N, CHUNK, COMPUTE,
                 LAYOUT, PAGE_SIZE, TRANSFORMED, LOWER, FOLD,
             )
             nheads = nheads_k * GROUP
-            at = (first_row(b, row, seqlen_q, cu_seqlens_q) + token).to(tl.int64) * nheads + head
             if SPLIT:
+                at = (first_row(b, row, seqlen_q, cu_seqlens_q) + token).to(tl.int64)
+                at = at * nheads + head + chunk * part_stride
                 store_part(
-                    part_out, part_ml, at * num_chunks + chunk, exists, m, total, acc, HEADDIM_V, DIM_V
+                    part_out, part_ml, at, num_chunks * part_stride, nheads, m, total, acc,
+                    tokens, heads, HEADDIM_V, TOKENS, HEADS, DIM_V,
                 )
             else:
-                acc, lse = finish(m, total, acc, c, sinks, head, exists, v_scale)
-                store_rows(out, at, exists, acc, HEADDIM_V, DIM_V)
-                at = lse_at(b, row, token, head, nheads, seqlen_q, total_q, cu_seqlens_q)
-                tl.store(softmax_lse + at, lse, mask=exists)
+                sink = None
+                if sinks is not None:
+                    sink = load_of_heads(sinks + head, heads, TOKENS, HEADS)
+                acc, lse = finish(m, total, acc, c, sink, v_scale)
+                store_results(
+                    out, softmax_lse, acc, lse, b, row, token, head, tokens, heads, nheads,
+                    seqlen_q, total_q, cu_seqlens_q, HEADDIM_V, TOKENS, HEADS, DIM_V,
+                )
 
 
 @triton.jit(do_not_specialize=[
@@ -361,40 +386,45 @@ def combine(
     cache_leftpad, cache_start, q_descale, k_descale, v_descale, sinks,
     seqlen_q, total_q, capacity, num_chunks, work_items, softmax_scale,
     window_left, window_right, attention_chunk,
-    qd_batch, qd_head, kd_batch, kd_head, vd_batch, vd_head, nheads_k,
-    GROUP: tl.constexpr, HEADDIM_V: tl.constexpr, DIM_V: tl.constexpr,
+    qd_batch, qd_head, kd_batch, kd_head, vd_batch, vd_head, part_stride, nheads_k,
+    GROUP: tl.constexpr, HEADDIM_V: tl.constexpr, DIM_V: tl.constexpr, HEADS: tl.constexpr,
     CHUNK: tl.constexpr, TRANSFORMED: tl.constexpr, UNROLL: tl.constexpr,
 ):
-    """Merges the chunks of SPLIT for a row of q, in order."""
+    """Merges the chunks of SPLIT for HEADS heads of a group and one token, in order."""
+    HEAD_BLOCKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     for work in range(tl.program_id(0), work_items, tl.num_programs(0)):
-        nheads = nheads_k * GROUP
-        head = work % nheads + tl.arange(0, 1)
-        token = work // nheads % seqlen_q
-        b = work // nheads // seqlen_q
+        head_k = work // HEAD_BLOCKS % nheads_k
+        heads = GROUP - work % HEAD_BLOCKS * HEADS
+        head = head_k * GROUP + work % HEAD_BLOCKS * HEADS
+        token = work // HEAD_BLOCKS // nheads_k % seqlen_q
+        b = work // HEAD_BLOCKS // nheads_k // seqlen_q
         row, rows = query_rows(b, seqlen_q, total_q, cu_seqlens_q, seqused_q)
-        shift, first, end = key_rows(
-            b, capacity, cu_seqlens_k, seqused_k, cache_leftpad, cache_start
-        )
+        shift, first, end = key_rows(b, capacity, cu_seqlens_k, seqused_k, cache_leftpad, cache_start)
         low, full, high = range_of(
             token, token, rows, first, end, window_left, window_right, attention_chunk
         )
         if token < (seqlen_q if cu_seqlens_q is None else rows):
+            nheads = nheads_k * GROUP
             scale, qv_scale, c, v_scale = factors(
-                b, work % nheads // GROUP, softmax_scale, q_descale, k_descale, v_descale,
+                b, head_k, softmax_scale, q_descale, k_descale, v_descale,
                 qd_batch, qd_head, kd_batch, kd_head, vd_batch, vd_head, TRANSFORMED,
             )
             at = (first_row(b, row, seqlen_q, cu_seqlens_q) + token).to(tl.int64) * nheads + head
-            m, total, acc = empty_state(1, DIM_V)
+            m, total, acc = empty_state(HEADS, DIM_V)
             last_chunk = tl.where(low < high, (high + CHUNK - 1) // CHUNK, 0)
             for chunk in range(low // CHUNK, last_chunk, UNROLL):
                 for i in tl.static_range(UNROLL):
                     m_next, total_next, acc_next = load_part(
-                        part_out, part_ml, at * num_chunks + (chunk + i) % num_chunks,
-                        head * 0 + chunk + i < last_chunk, HEADDIM_V, DIM_V,
+                        part_out, part_ml, at + (chunk + i) % num_chunks * part_stride,
+                        num_chunks * part_stride, tl.where(chunk + i < last_chunk, heads, 0),
+                        HEADDIM_V, HEADS, DIM_V,
                     )
                     m, total, acc = merge(m, total, acc, m_next, total_next, acc_next, c)
-            exists = head >= 0
-            acc, lse = finish(m, total, acc, c, sinks, head, exists, v_scale)
-            store_rows(out, at, exists, acc, HEADDIM_V, DIM_V)
-            at = lse_at(b, row, token, head, nheads, seqlen_q, total_q, cu_seqlens_q)
-            tl.store(softmax_lse + at, lse, mask=exists)
+            sink = None
+            if sinks is not None:
+                sink = load_of_heads(sinks + head, heads, 1, HEADS)
+            acc, lse = finish(m, total, acc, c, sink, v_scale)
+            store_results(
+                out, softmax_lse, acc, lse, b, row, token, head, 1, heads, nheads, seqlen_q,
+                total_q, cu_seqlens_q, HEADDIM_V, 1, HEADS, DIM_V,
+            )

@@ -54,13 +54,13 @@ def merge(m, total, acc, m_next, total_next, acc_next, c):
 
 
 @triton.jit
-def finish(m, total, acc, c, sinks, head, exists, v_scale):
-    """out and softmax_lse of a state. A sink is one more key, without a value."""
+def finish(m, total, acc, c, sink, v_scale):
+    """out and softmax_lse of a state. A row's sink is one more key, without a value."""
     blind = total == 0
     m = m * c
     scale = v_scale + tl.zeros_like(total)
-    if sinks is not None:
-        sink = tl.load(sinks + head, mask=exists, other=0.0).to(tl.float32) * LOG2E
+    if sink is not None:
+        sink = sink * LOG2E
         greatest = tl.maximum(m, sink)
         alpha = tl.exp2(m - greatest)
         total = tl.fma(total, alpha, tl.where(sink == greatest, 1.0, tl.exp2(sink - greatest)))

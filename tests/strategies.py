@@ -398,6 +398,50 @@ def narrow_append_calls(draw: Any) -> dict[str, Any]:
     }
 
 
+LINEAR_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LINEAR_ROWS = (0, 1, 2, 3, 4, 5, 16, 17, 33, 70, 130)
+LINEAR_COLUMNS = (0, 1, 2, 7, 16, 47, 49, 97, 130)
+LINEAR_DEPTHS = (0, 1, 2, 3, 8, 15, 17, 32, 100, 511, 513, 1024, 1030, 2050)
+
+
+@st.composite
+def linear_calls(
+    draw: Any,
+    dtypes: tuple[torch.dtype, ...] = LINEAR_DTYPES,
+    most_rows: int = 130,
+    most_depth: int = 2050,
+) -> dict[str, Any]:
+    """In memory of any strides, with NaN around."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    dtype, columns = draw(st.sampled_from(dtypes)), draw(st.sampled_from(LINEAR_COLUMNS))
+    rows = draw(st.sampled_from([n for n in LINEAR_ROWS if n <= most_rows]))
+    depth = draw(st.sampled_from([n for n in LINEAR_DEPTHS if n <= most_depth]))
+
+    def matrix(*shape: int) -> Tensor:
+        if draw(st.booleans()):
+            return tensor(draw, (1, *shape[::-1]), dtype)[0].t()
+        return tensor(draw, (1, *shape), dtype)[0]
+
+    bias = draw(st.sampled_from([None, (columns,)]))
+    return {
+        "x": matrix(rows, depth),
+        "weight": matrix(columns, depth),
+        "bias": None if bias is None else tensor(draw, (1, 1, columns), dtype)[0, 0],
+    }
+
+
+def assert_linear(got: Tensor, call: dict[str, Any]) -> None:
+    """Within one rounding of float64's result and float32's error in the sum of the products."""
+    want, dtype = reference.linear(**call), call["x"].dtype
+    assert got.dtype == dtype
+    assert got.is_contiguous()
+    unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
+    sizes = reference.linear(**{name: None if x is None else x.abs() for name, x in call.items()})
+    # A bound for a sum of blocks that were summed by lanes, not for one sum of 2050 products.
+    error = (got.double() - want).abs() - RELATIVE[dtype] * want.abs() - 100 * unit * sizes
+    assert error.numel() == 0 or error.max() <= 0
+
+
 def filled(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """With numbers that tell one place from another."""
     return (torch.rand(shape) * 100).to(dtype)

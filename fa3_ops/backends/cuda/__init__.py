@@ -35,7 +35,7 @@ CUDA = Device(
         Gradient: [torch_ops.TorchGradient()],
         Append: [torch_ops.TorchWrites()],
         Scatter: [torch_ops.TorchWrites()],
-        Linear: [torch_ops.TorchLinear()],
+        Linear: [triton.TritonLinear(), torch_ops.TorchLinear()],
         Rotation: [torch_ops.TorchRotation()],
         Combination: [torch_ops.TorchCombination()],
     },

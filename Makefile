@@ -58,7 +58,7 @@ help:
 	@echo "make test-vllm-ascend  vLLM-Ascend on the emulated NPU (3 GB to download, minutes)"
 	@echo "make test-vllm vLLM on our operators, on CPU (2.5 GB to install)"
 	@echo "make test-transformers  transformers 5 and veRL on our operators, on CPU (2 GB to install)"
-	@echo "make test-triton  the Triton kernels in Triton's interpreter, on CPU (1 GB to install)"
+	@echo "make test-triton  the Triton kernels in Triton's interpreter, on CPU (1.6 GB to install)"
 	@echo "make test-arm  run the vector code's tests on an emulated Arm; fails without the tools for it"
 	@echo "make test-compilers  build with every g++ and clang++ found and test each; fails with only one"
 	@echo "make npu-shell a Python with emulated NPUs; ARGS='script.py --device npu' runs a script"

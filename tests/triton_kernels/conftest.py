@@ -9,7 +9,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -31,28 +33,52 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", warning)
 
 
+def numbers(handle: Any) -> Any:
+    """Its elements; the interpreter keeps those of bfloat16 as their bits."""
+    data = handle.data
+    is_bits = data.dtype == np.uint16
+    return (data.astype(np.uint32) << 16).view(np.float32) if is_bits else data.astype(np.float32)
+
+
 def product(self: Any, a: Any, b: Any, acc: Any, *precision: Any) -> Any:
     """tl.dot by sums in one order, as on devices; numpy rounds a row by where it stands."""
     from triton.runtime.interpreter import TensorHandle
 
     total = acc.data
-    for k in range(a.data.shape[1]):
-        column, row = a.data[:, k, None], b.data[k]
-        total = total + column.astype(total.dtype) * row.astype(total.dtype)
+    rows, columns = numbers(a), numbers(b)
+    for k in range(rows.shape[1]):
+        total = total + rows[:, k, None] * columns[k]
     return TensorHandle(total, acc.dtype.scalar)
+
+
+def truncated(self: Any, x: Any, to: Any) -> Any:
+    """To bfloat16 by rounding to even, as on devices; the interpreter cuts."""
+    from triton.runtime.interpreter import TensorHandle
+
+    if not to.scalar.is_bf16():
+        return self.cast_impl(x, to)
+    rounded = torch.from_numpy(np.array(x.data)).bfloat16().view(torch.int16)
+    return TensorHandle(rounded.numpy().view(np.uint16), to.scalar)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def served_by_triton() -> Iterator[None]:
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from fa3_ops.backends import Linear, add_backend, remove_backend, triton, use_backend
+    from fa3_ops import backends
+    from fa3_ops.backends import triton
 
     InterpreterBuilder.create_dot = product
-    backends = {Linear: triton.TritonLinear()}
-    for kind, backend in backends.items():
-        add_backend("cpu", kind, backend)
-    with use_backend("triton"):
+    InterpreterBuilder.create_fp_trunc = truncated
+    served = {
+        backends.Append: triton.TritonWrites(),
+        backends.Linear: triton.TritonLinear(),
+        backends.Rotation: triton.TritonRotation(),
+        backends.Scatter: triton.TritonWrites(),
+    }
+    for kind, backend in served.items():
+        backends.add_backend("cpu", kind, backend)
+    with backends.use_backend("triton"):
         yield
-    for kind, backend in backends.items():
-        remove_backend("cpu", kind, backend)
+    for kind, backend in served.items():
+        backends.remove_backend("cpu", kind, backend)

@@ -14,7 +14,7 @@ from torch import Tensor
 import fa3_ops
 
 ops = torch.ops.fa3npu
-DTYPES = (torch.float32, torch.float16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 

@@ -33,10 +33,10 @@ CUDA = Device(
     backends={
         Attention: [triton.TritonAttention(), torch_ops.TorchAttention()],
         Gradient: [torch_ops.TorchGradient()],
-        Append: [torch_ops.TorchWrites()],
-        Scatter: [torch_ops.TorchWrites()],
+        Append: [triton.TritonWrites(), torch_ops.TorchWrites()],
+        Scatter: [triton.TritonWrites(), torch_ops.TorchWrites()],
         Linear: [triton.TritonLinear(), torch_ops.TorchLinear()],
-        Rotation: [torch_ops.TorchRotation()],
+        Rotation: [triton.TritonRotation(), torch_ops.TorchRotation()],
         Combination: [torch_ops.TorchCombination()],
     },
 )

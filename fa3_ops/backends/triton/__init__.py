@@ -3,7 +3,9 @@
 Importing this imports no Triton; the kernels are imported when the first call wants them.
 """
 
+from fa3_ops.backends.triton.apply_rotary import TritonRotation
 from fa3_ops.backends.triton.attention import TritonAttention
+from fa3_ops.backends.triton.cache_writes import TritonWrites
 from fa3_ops.backends.triton.linear import TritonLinear
 
-__all__ = ["TritonAttention", "TritonLinear"]
+__all__ = ["TritonAttention", "TritonLinear", "TritonRotation", "TritonWrites"]

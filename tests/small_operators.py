@@ -194,3 +194,39 @@ def check_a_write_raises_the_versions(device: str) -> None:
     before = cache._version
     ops.kvcache_scatter_(new, new, cache, cache.clone(), torch.tensor([0, 3], device=device))
     assert cache._version > before
+
+
+def check_rows_are_merged_alone(device: str) -> None:
+    """A row has the same bits in any batch, whatever its neighbours are."""
+    parts, lses = rand(5, 3, 7, 4, 40).to(device), rand(5, 3, 7, 4).to(device)
+    out, lse = ops.flash_attn_combine(parts, lses)
+    for b, i, h in ((0, 0, 0), (1, 3, 2), (2, 6, 3)):
+        at = (slice(None), slice(b, b + 1), slice(i, i + 1), slice(h, h + 1))
+        alone, lse_alone = ops.flash_attn_combine(parts[at], lses[at])
+        assert torch.equal(alone, out[at[1:]])
+        assert torch.equal(lse_alone, lse[at[1:]])
+    parts, lses = (torch.stack((x, x), -1)[..., 0] for x in (parts, lses))  # strided
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(ops.flash_attn_combine(parts, lses), (out, lse), strict=True)
+    )
+
+
+def check_metadata(device: str) -> None:
+    """It is the CPU's, of padded tensors, too."""
+    for seqlens, more in (
+        (ints(0, 1, 1024, 1025), {"max_seqlen_k_new": 1}),
+        (ints(9, 1024, 0, 1025, 0, 77, 0, -5)[1::2], {}),
+        (
+            ints(1024, 1025, 77),
+            {"cu_seqlens_k_new": ints(0, 1, 1, 9), "cache_leftpad": ints(0, 1, 5)},
+        ),
+        (ints(2, 3), {"cache_leftpad": ints(5000, 3)}),
+    ):
+        call = copied({"cache_seqlens": seqlens, **more}, device)
+        arguments = (2, 1, 2048, 8, 2, 64)
+        got = fa3_ops.get_scheduler_metadata(*arguments, **call)
+        with fa3_ops.use_backend("cpu"):
+            want = fa3_ops.get_scheduler_metadata(*arguments, cache_seqlens=seqlens, **more)
+        assert got.dtype == want.dtype
+        assert got.tolist() == want.tolist()

@@ -495,9 +495,10 @@ def combine_calls(draw: Any) -> dict[str, Any]:
     shape = [draw(st.integers(1, most)) for most in (20, 3, 5, 4, 40)]
     if draw(st.booleans()):
         del shape[1]
-    lse = tensor(draw, tuple(shape[:-1]), torch.float32) * draw(st.sampled_from([1.0, 30.0]))
+    lse = tensor(draw, tuple(shape[:-1]), torch.float32)
+    lse.mul_(draw(st.sampled_from([1.0, 30.0])))
     empty = torch.rand(lse.shape) < draw(st.sampled_from([0.0, 0.3, 0.9]))
-    lse = lse.masked_fill(empty, draw(st.sampled_from([float("-inf"), float("inf")])))
+    lse.masked_fill_(empty, draw(st.sampled_from([float("-inf"), float("inf")])))
     out = tensor(draw, tuple(shape), torch.float32)
     return {
         "out_partial": out.masked_fill_(empty[..., None], float("nan")),

@@ -601,6 +601,21 @@ def _all_pages(page_table: Tensor, num_pages: int) -> bool:
     return lowest >= 0 and highest < num_pages
 
 
+def parts(
+    out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None, name: str
+) -> None:
+    """What flash_attn_combine merges; `name` says where the dtype of its result comes from."""
+    rows = ("total_q",) if out_partial.dim() == 4 else ("batch_size", "seqlen")
+    shape(out_partial, ("num_splits", *rows, "nheads", "headdim"), "out_partial")
+    shape(lse_partial, tuple(out_partial.shape[:-1]), "lse_partial")
+    dtype(out_partial, torch.float32, "out_partial")
+    dtype(lse_partial, torch.float32, "lse_partial")
+    if out_dtype not in (None, *WIDE):
+        raise TypeError(
+            f"{name} must be torch.float32, torch.float16 or torch.bfloat16, got {out_dtype}"
+        )
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dtype not in (*WIDE, torch.float64):
         names = ", ".join(map(str, (*WIDE, torch.float64)))

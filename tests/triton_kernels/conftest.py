@@ -72,7 +72,9 @@ def served_by_triton() -> Iterator[None]:
     InterpreterBuilder.create_fp_trunc = truncated
     served = {
         backends.Append: triton.TritonWrites(),
+        backends.Combination: triton.TritonCombination(),
         backends.Linear: triton.TritonLinear(),
+        backends.Plan: triton.TritonPlan(),
         backends.Rotation: triton.TritonRotation(),
         backends.Scatter: triton.TritonWrites(),
     }

@@ -14,6 +14,7 @@ from fa3_ops.backends.call import (
     Combination,
     Gradient,
     Linear,
+    Plan,
     Rotation,
     Scatter,
 )
@@ -37,6 +38,7 @@ CUDA = Device(
         Scatter: [triton.TritonWrites(), torch_ops.TorchWrites()],
         Linear: [triton.TritonLinear(), torch_ops.TorchLinear()],
         Rotation: [triton.TritonRotation(), torch_ops.TorchRotation()],
-        Combination: [torch_ops.TorchCombination()],
+        Combination: [triton.TritonCombination(), torch_ops.TorchCombination()],
+        Plan: [triton.TritonPlan()],
     },
 )

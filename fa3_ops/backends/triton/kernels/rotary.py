@@ -13,8 +13,8 @@ def rotated(
     x, at, exists, cos, sin, PAIRS: tl.constexpr, PAIRS_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr, FORMAT: tl.constexpr, WIDE: tl.constexpr,
 ):
-    """Of the rows at `at`: (first column of each pair, second one, whether they exist, what the first
-    becomes, and the second). Arithmetic is WIDE, its result rounded once."""
+    """Of the rows at `at`: (first columns of pairs, second ones, which exist, what the first are to
+    hold, and the second). Arithmetic is WIDE, its result rounded once."""
     i = tl.arange(0, PAIRS_DIM)[None, :]
     first = i * 2 if INTERLEAVED else i
     second = i * 2 + 1 if INTERLEAVED else i + PAIRS

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from sample_inputs import ints, rand, rotary
-from strategies import RELATIVE
+from strategies import RELATIVE, assert_linear
 from torch import Tensor
 
 import fa3_ops
@@ -15,6 +15,17 @@ from fa3_ops import reference
 
 ops = torch.ops.fa3npu
 CACHES = ("k_cache", "v_cache")
+
+
+def run(operator: Any, *args: Any, **kwargs: Any) -> Any:
+    """What an operator returns, which must not wait for a GPU."""
+    if not torch.cuda.is_available():
+        return operator(*args, **kwargs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return operator(*args, **kwargs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def copied(call: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
@@ -42,9 +53,62 @@ def assert_bits(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got.cpu().double(), want.double(), rtol=0, atol=0, equal_nan=True)
 
 
+def check_linear(call: dict[str, Any], device: str) -> None:
+    ours = copied(call, device)
+    out = run(ops.linear, **ours)
+    assert_linear(out.cpu(), call)
+    for i in range(0, len(out), 60):
+        alone = ops.linear(ours["x"][i : i + 1], ours["weight"], ours["bias"])
+        assert torch.equal(alone[0], out[i])
+
+
+def check_a_row_of_linear_is_the_same_anywhere(
+    dtype: torch.dtype, columns: int, depth: int, device: str
+) -> None:
+    """In tiles of few, some and many rows, wherever it stands in one. Two products cancel, so that
+    the roundings of the sum show in 16 bits."""
+    weight, bias = rand(columns, depth, dtype=dtype), rand(columns, dtype=dtype)
+    row, others = rand(depth, dtype=dtype), rand(520, depth, dtype=dtype)
+    weight[:, 0] = weight[:, -1] = row[0] = 1000
+    row[-1] = -1000
+    weight, bias, row, others = (x.to(device) for x in (weight, bias, row, others))
+    want = ops.linear(row, weight, bias)
+    assert want.shape == (columns,)
+    for rows, place in ((1, 0), (3, 2), (16, 15), (17, 16), (70, 65), (520, 300)):
+        x = others[:rows].clone()
+        x[place] = row
+        assert torch.equal(ops.linear(x, weight, bias)[place], want)
+
+
+def check_strides_and_neighbours_change_nothing_of_linear(dtype: torch.dtype, device: str) -> None:
+    shapes = {"x": (40, 150), "weight": (130, 150)}
+    plain = {name: rand(*shape, dtype=dtype).to(device) for name, shape in shapes.items()}
+    want = ops.linear(**plain)
+    for name, x in plain.items():
+        rows, columns = x.shape
+        offset = torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+        wide = torch.cat((x, x.new_zeros(rows, 3)), 1)[:, :columns]
+        for view in (x.t().contiguous().t(), offset, wide, x.repeat_interleave(2, 1)[:, ::2]):
+            assert torch.equal(ops.linear(**plain | {name: view}), want)
+    for begin, end in ((0, 1), (5, 106), (97, 98)):
+        part = ops.linear(plain["x"], plain["weight"][begin:end])
+        assert torch.equal(part, want[:, begin:end])
+
+
+def check_a_rows_gradient_is_the_same_anywhere(dtype: torch.dtype, device: str) -> None:
+    shapes = ((40, 30), (70, 30), (40, 70))
+    x, weight, dout = (rand(*shape, dtype=dtype).to(device) for shape in shapes)
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad(ops.linear(x, weight), x, dout)
+    for rows in (slice(0, 1), slice(3, 7), slice(20, 40)):
+        part = x[rows].detach().requires_grad_()
+        (got,) = torch.autograd.grad(ops.linear(part, weight), part, dout[rows])
+        assert torch.equal(got, dx[rows])
+
+
 def check_append(call: dict[str, Any], device: str) -> None:
     ours, cpus = copied(call, device), copied(call)
-    ops.kvcache_append_(**ours)
+    run(ops.kvcache_append_, **ours)
     with fa3_ops.use_backend("cpu"):
         ops.kvcache_append_(**cpus)
     reference.append(**call)
@@ -57,7 +121,7 @@ def check_append(call: dict[str, Any], device: str) -> None:
 
 def check_scatter(call: dict[str, Any], device: str) -> None:
     ours = copied(call, device)
-    ops.kvcache_scatter_(**ours)
+    run(ops.kvcache_scatter_, **ours)
     reference.scatter(**call)
     for name in CACHES:
         assert_bits(ours[name], call[name])
@@ -65,7 +129,7 @@ def check_scatter(call: dict[str, Any], device: str) -> None:
 
 
 def check_rotary(call: dict[str, Any], device: str) -> None:
-    out = ops.apply_rotary(**copied(call, device))
+    out = run(ops.apply_rotary, **copied(call, device))
     assert out.is_contiguous()
     with fa3_ops.use_backend("cpu"):
         assert_bits(out, ops.apply_rotary(**call))
@@ -81,7 +145,7 @@ def check_rotary(call: dict[str, Any], device: str) -> None:
 
 
 def check_combine(call: dict[str, Any], device: str) -> None:
-    out, lse = ops.flash_attn_combine(**copied(call, device))
+    out, lse = run(ops.flash_attn_combine, **copied(call, device))
     with fa3_ops.use_backend("cpu"):
         like_out, like_lse = ops.flash_attn_combine(**call)
     assert (out.dtype, out.stride(), lse.stride()) == (
@@ -107,7 +171,7 @@ def check_appends_leave_out_what_has_no_place(device: str) -> None:
     call["page_table"] = ints(0, 1, 9, -7, 2, far).view(3, 2)
     call |= {"cache_seqlens": ints(3, -1, 1), "cache_batch_idx": ints(0, 2, 1)}
     ours = copied(call, device)
-    ops.kvcache_append_(**ours)
+    run(ops.kvcache_append_, **ours)
     want = pages.clone()
     want[1, 1] = new[0, 0]  # after which the cache is full
     want[2, 0] = new[1, 1]  # the row before it would lie before the cache
@@ -117,7 +181,7 @@ def check_appends_leave_out_what_has_no_place(device: str) -> None:
     call = {"k": new, "v": -new, "k_cache": cache, "v_cache": cache.clone()}
     call |= {"cache_seqlens": ints(1, far, 2), "cache_batch_idx": ints(2, 0, 3)}
     ours = copied(call | {"cu_seqlens_k_new": ints(1, 3, 4, 99)}, device)
-    ops.kvcache_append_(**ours)
+    run(ops.kvcache_append_, **ours)
     want = cache.clone()
     want[2, 1:3] = new[1:3]
     assert_bits(ours["k_cache"], want)
@@ -131,7 +195,7 @@ def check_scatters_leave_out_what_has_no_place(device: str) -> None:
         slots = torch.tensor([12, torch.iinfo(dtype).max, 11, -1, torch.iinfo(dtype).min])
         call = {"k": new, "v": new, "k_cache": cache, "v_cache": cache.clone()}
         ours = copied(call | {"slot_mapping": slots.to(dtype)}, device)
-        ops.kvcache_scatter_(**ours)
+        run(ops.kvcache_scatter_, **ours)
         want = cache.clone()
         want[2, 3] = new[2]
         assert_bits(ours["k_cache"], want)
@@ -155,7 +219,7 @@ def check_every_number(dtype: torch.dtype, cache_dtype: torch.dtype, device: str
     call = {"k": x, "v": x, "k_cache": cache, "v_cache": cache.clone()}
     call |= {"k_descale": torch.tensor([1.0, 0.37] * 4), "slot_mapping": torch.arange(len(x))}
     ours = copied(call, device)
-    ops.kvcache_scatter_(**ours)
+    run(ops.kvcache_scatter_, **ours)
     want = reference.narrowed(x, cache_dtype, call["k_descale"])
     assert_bits(ours["k_cache"][:, 0], want)
 
@@ -225,7 +289,7 @@ def check_metadata(device: str) -> None:
     ):
         call = copied({"cache_seqlens": seqlens, **more}, device)
         arguments = (2, 1, 2048, 8, 2, 64)
-        got = fa3_ops.get_scheduler_metadata(*arguments, **call)
+        got = run(fa3_ops.get_scheduler_metadata, *arguments, **call)
         with fa3_ops.use_backend("cpu"):
             want = fa3_ops.get_scheduler_metadata(*arguments, cache_seqlens=seqlens, **more)
         assert got.dtype == want.dtype

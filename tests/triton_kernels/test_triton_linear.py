@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import small_operators as check
 import torch
 from hypothesis import given
 from sample_inputs import rand
-from strategies import assert_linear, examples, linear_calls
+from strategies import examples, linear_calls
 from torch import Tensor
 
 import fa3_ops
@@ -22,27 +23,20 @@ class TestLinear:
     @examples(40)
     @given(linear_calls(DTYPES, most_depth=513))
     def test_random_calls(self, call: dict[str, Any]) -> None:
-        out = ops.linear(**call)
-        assert_linear(out, call)
-        for i in range(0, len(out), 60):
-            alone = ops.linear(call["x"][i : i + 1], call["weight"], call["bias"])
-            assert torch.equal(alone[0], out[i])
+        check.check_linear(call, "cpu")
 
     @every_dtype
     @pytest.mark.parametrize("depth", [100, 128])
     def test_a_row_is_the_same_anywhere(self, dtype: torch.dtype, depth: int) -> None:
-        """In tiles of few, some and many rows, wherever it stands in one. Two products cancel, so
-        that the roundings of the sum show in 16 bits."""
-        weight, bias = rand(50, depth, dtype=dtype), rand(50, dtype=dtype)
-        row, others = rand(depth, dtype=dtype), rand(520, depth, dtype=dtype)
-        weight[:, 0] = weight[:, -1] = row[0] = 1000
-        row[-1] = -1000
-        want = fa3_ops.linear(row, weight, bias)
-        assert want.shape == (50,)
-        for rows, place in ((1, 0), (3, 2), (16, 15), (17, 16), (70, 65), (520, 300)):
-            x = others[:rows].clone()
-            x[place] = row
-            assert torch.equal(fa3_ops.linear(x, weight, bias)[place], want)
+        check.check_a_row_of_linear_is_the_same_anywhere(dtype, 50, depth, "cpu")
+
+    @every_dtype
+    def test_strides_and_neighbours_change_nothing(self, dtype: torch.dtype) -> None:
+        check.check_strides_and_neighbours_change_nothing_of_linear(dtype, "cpu")
+
+    @every_dtype
+    def test_a_rows_gradient_is_the_same_anywhere(self, dtype: torch.dtype) -> None:
+        check.check_a_rows_gradient_is_the_same_anywhere(dtype, "cpu")
 
     def test_tiles_of_rows_are_grouped_but_all_worked_off(self) -> None:
         x, weight = rand(64 * 9 + 1, 3), rand(130, 3)

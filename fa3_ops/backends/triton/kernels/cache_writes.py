@@ -65,7 +65,8 @@ def descale_of(descale, b, head, exists, batch_stride, head_stride):
 
 @triton.jit(do_not_specialize=[
     "batch_size", "rows", "pages", "page_size", "table_entries", "table_width", "positions",
-    "nheads_k", "head_blocks", "work_items",
+    "nheads_k", "head_blocks", "work_items", "table_row", "kd_batch", "kd_head", "vd_batch",
+    "vd_head",
 ])
 def cache_writes(
     k, v, k_cache, v_cache, slot_mapping, cache_seqlens, cu_seqlens_k_new, cache_batch_idx,

@@ -12,7 +12,10 @@ def lse_of(lse_partial, at, exists):
     return tl.where(lse == float("inf"), float("-inf"), lse)
 
 
-@triton.jit(do_not_specialize=["num_splits", "rows", "seqlen", "nheads", "work_items"])
+@triton.jit(do_not_specialize=[
+    "num_splits", "rows", "seqlen", "nheads", "work_items", "lse_split", "lse_batch", "lse_row",
+    "lse_head",
+])
 def flash_attn_combine(
     out_partial, lse_partial, out, softmax_lse, num_splits, rows, seqlen, nheads, work_items,
     out_split, out_batch, out_row, out_head, lse_split, lse_batch, lse_row, lse_head,

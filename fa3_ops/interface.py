@@ -583,19 +583,11 @@ def flash_attn_combine(
     Returns:
         out: out_partial's shape without num_splits; softmax_lse: lse_partial's, likewise.
     """
-    rows = ("total_q",) if out_partial.dim() == 4 else ("batch_size", "seqlen")
-    checks.shape(out_partial, ("num_splits", *rows, "nheads", "headdim"), "out_partial")
-    checks.shape(lse_partial, tuple(out_partial.shape[:-1]), "lse_partial")
-    checks.dtype(out_partial, torch.float32, "out_partial")
-    checks.dtype(lse_partial, torch.float32, "lse_partial")
     checks.same_device(out_partial, {"lse_partial": lse_partial, "out": out}, "out_partial")
     name = "out_dtype"
     if out_dtype is None and out is not None:
         name, out_dtype = "dtype of out", out.dtype
-    if out_dtype not in (None, torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(
-            f"{name} must be torch.float32, torch.float16 or torch.bfloat16, got {out_dtype}"
-        )
+    checks.parts(out_partial, lse_partial, out_dtype, name)
     merged, softmax_lse = ops.flash_attn_combine(out_partial, lse_partial, out_dtype)
     if out is None:
         return merged, softmax_lse

@@ -252,11 +252,12 @@ def kvcache_calls(
     dtypes: tuple[torch.dtype, ...] = FORWARD_DTYPES,
     headdims: st.SearchStrategy[tuple[int, int]] = HEADDIMS,
     narrow: bool = True,
+    most_keys: int = 90,
 ) -> dict[str, Any]:
     torch.manual_seed(draw(st.integers(0, 2**31)))
     dtype, batch = draw(st.sampled_from(dtypes)), draw(st.integers(0, 4))
     (nheads, nheads_k), (d, dv) = heads(draw), draw(headdims)
-    capacity = draw(st.integers(1, 90))
+    capacity = draw(st.integers(1, most_keys))
     entries = batch + draw(st.integers(0, 2))
     appends = draw(st.booleans())
     of_keys = cache_dtype(draw, dtype) if narrow else dtype
@@ -373,12 +374,12 @@ def descales_of_writes(draw: Any, batch: int | None, nheads_k: int) -> dict[str,
 
 
 @st.composite
-def narrow_append_calls(draw: Any) -> dict[str, Any]:
-    """To a narrow cache."""
+def narrow_append_calls(draw: Any, most_rows: int = 9) -> dict[str, Any]:
+    """To a narrow cache of pages of so many rows."""
     torch.manual_seed(draw(st.integers(0, 2**31)))
     dtype, cached = draw(st.sampled_from(WIDE_DTYPES)), draw(st.sampled_from(NARROW_DTYPES))
     batch, nheads_k, (d, dv) = draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(HEADDIMS)
-    rows, per_row = draw(st.integers(1, 9)), 3
+    rows, per_row = draw(st.integers(1, most_rows)), 3
     new_lengths = lengths(draw, batch, rows * per_row)
     call: dict[str, Any] = {"cu_seqlens_k_new": cumulative(new_lengths)}
     count: tuple[int, ...] = (int(new_lengths.sum()),)
@@ -395,6 +396,114 @@ def narrow_append_calls(draw: Any) -> dict[str, Any]:
         "cache_seqlens": (torch.rand(batch) * (rows * per_row - new_lengths + 1)).int(),
         "page_table": torch.randperm(batch * per_row).int().view(batch, per_row),
         **descales_of_writes(draw, batch, nheads_k),
+    }
+
+
+LINEAR_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LINEAR_ROWS = (0, 1, 2, 3, 4, 5, 16, 17, 33, 70, 130)
+LINEAR_COLUMNS = (0, 1, 2, 7, 16, 47, 49, 97, 130)
+LINEAR_DEPTHS = (0, 1, 2, 3, 8, 15, 17, 32, 100, 511, 513, 1024, 1030, 2050)
+
+
+@st.composite
+def linear_calls(
+    draw: Any,
+    dtypes: tuple[torch.dtype, ...] = LINEAR_DTYPES,
+    most_rows: int = 130,
+    most_depth: int = 2050,
+) -> dict[str, Any]:
+    """In memory of any strides, with NaN around."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    dtype, columns = draw(st.sampled_from(dtypes)), draw(st.sampled_from(LINEAR_COLUMNS))
+    rows = draw(st.sampled_from([n for n in LINEAR_ROWS if n <= most_rows]))
+    depth = draw(st.sampled_from([n for n in LINEAR_DEPTHS if n <= most_depth]))
+
+    def matrix(*shape: int) -> Tensor:
+        if draw(st.booleans()):
+            return tensor(draw, (1, *shape[::-1]), dtype)[0].t()
+        return tensor(draw, (1, *shape), dtype)[0]
+
+    bias = draw(st.sampled_from([None, (columns,)]))
+    return {
+        "x": matrix(rows, depth),
+        "weight": matrix(columns, depth),
+        "bias": None if bias is None else tensor(draw, (1, 1, columns), dtype)[0, 0],
+    }
+
+
+def assert_linear(got: Tensor, call: dict[str, Any]) -> None:
+    """Within one rounding of float64's result and float32's error in the sum of the products."""
+    want, dtype = reference.linear(**call), call["x"].dtype
+    assert got.dtype == dtype
+    assert got.is_contiguous()
+    unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
+    sizes = reference.linear(**{name: None if x is None else x.abs() for name, x in call.items()})
+    # A bound for a sum of blocks that were summed by lanes, not for one sum of 2050 products.
+    error = (got.double() - want).abs() - RELATIVE[dtype] * want.abs() - 100 * unit * sizes
+    assert error.numel() == 0 or error.max() <= 0
+
+
+# The arguments of kvcache_append_ among those of flash_attn_with_kvcache.
+OF_APPENDS = (
+    *("k", "v", "k_cache", "v_cache", "cache_seqlens", "cache_batch_idx", "page_table"),
+    *("cu_seqlens_k_new", "rotary_cos", "rotary_sin", "rotary_seqlens", "rotary_interleaved"),
+    *("k_descale", "v_descale"),
+)
+
+
+@st.composite
+def append_calls(
+    draw: Any, dtypes: tuple[torch.dtype, ...] = FORWARD_DTYPES, most_keys: int = 90
+) -> dict[str, Any]:
+    """Of kvcache_append_."""
+    call = draw(kvcache_calls(dtypes, most_keys=most_keys).filter(lambda call: "k" in call))
+    return {name: call[name] for name in OF_APPENDS if name in call}
+
+
+@st.composite
+def rotary_calls(draw: Any, dtypes: tuple[torch.dtype, ...] = FORWARD_DTYPES) -> dict[str, Any]:
+    """Of apply_rotary; packed rows also of no sequence."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    dtype, batch, most = draw(st.sampled_from(dtypes)), draw(st.integers(1, 4)), 9
+    nheads, d, seqlen = (
+        draw(st.integers(1, 9)),
+        draw(st.integers(2, 40)),
+        draw(st.integers(0, most)),
+    )
+    call: dict[str, Any] = {}
+    shape: tuple[int, ...] = (batch, seqlen, nheads, d)
+    if draw(st.booleans()):
+        call["cu_seqlens"] = cumulative(lengths(draw, batch, most), draw(st.integers(0, 2)))
+        shape = (int(call["cu_seqlens"][-1]) + draw(st.integers(0, 2)), nheads, d)
+    tables = draw(st.sampled_from([dtype, torch.float32]))
+    cos, sin = rotary(50, 2 * draw(st.integers(1, d // 2)), tables)
+    return {
+        "x": tensor(draw, shape, dtype),
+        "rotary_cos": cos,
+        "rotary_sin": sin,
+        "rotary_seqlens": lengths(draw, batch, 40),
+        "rotary_interleaved": draw(st.booleans()),
+        "advance": draw(st.booleans()),
+        **call,
+    }
+
+
+@st.composite
+def combine_calls(draw: Any) -> dict[str, Any]:
+    """Of flash_attn_combine; parts without keys, which say so by either infinity, hold NaN."""
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    shape = [draw(st.integers(1, most)) for most in (20, 3, 5, 4, 40)]
+    if draw(st.booleans()):
+        del shape[1]
+    lse = tensor(draw, tuple(shape[:-1]), torch.float32)
+    lse.mul_(draw(st.sampled_from([1.0, 30.0])))
+    empty = torch.rand(lse.shape) < draw(st.sampled_from([0.0, 0.3, 0.9]))
+    lse.masked_fill_(empty, draw(st.sampled_from([float("-inf"), float("inf")])))
+    out = tensor(draw, tuple(shape), torch.float32)
+    return {
+        "out_partial": out.masked_fill_(empty[..., None], float("nan")),
+        "lse_partial": lse,
+        "out_dtype": draw(st.sampled_from([None, torch.float32, torch.float16])),
     }
 
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
-from hypothesis import strategies as st
 from sample_inputs import rand
-from strategies import RELATIVE, examples, tensor, threads
+from strategies import LINEAR_DTYPES, RELATIVE, assert_linear, examples, linear_calls, threads
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,45 +17,7 @@ import fa3_ops
 from fa3_ops import reference
 
 ops = torch.ops.fa3npu
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-ROWS = st.sampled_from([0, 1, 2, 3, 4, 5, 16, 17, 33, 70, 130])
-COLUMNS = st.sampled_from([0, 1, 2, 7, 16, 47, 49, 97, 130])
-DEPTHS = st.sampled_from([0, 1, 2, 3, 8, 15, 17, 32, 100, 511, 513, 1024, 1030, 2050])
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@st.composite
-def calls(draw: Any) -> dict[str, Any]:
-    """In memory of any strides, with NaN around."""
-    torch.manual_seed(draw(st.integers(0, 2**31)))
-    dtype, rows, columns, depth = (
-        draw(st.sampled_from(DTYPES)),
-        *map(draw, (ROWS, COLUMNS, DEPTHS)),
-    )
-
-    def matrix(*shape: int) -> Tensor:
-        if draw(st.booleans()):
-            return tensor(draw, (1, *shape[::-1]), dtype)[0].t()
-        return tensor(draw, (1, *shape), dtype)[0]
-
-    bias = draw(st.sampled_from([None, (columns,)]))
-    return {
-        "x": matrix(rows, depth),
-        "weight": matrix(columns, depth),
-        "bias": None if bias is None else tensor(draw, (1, 1, columns), dtype)[0, 0],
-    }
-
-
-def assert_close(got: Tensor, call: dict[str, Any]) -> None:
-    """Within one rounding of float64's result and float32's error in the sum of the products."""
-    want, dtype = reference.linear(**call), call["x"].dtype
-    assert got.dtype == dtype
-    assert got.is_contiguous()
-    unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
-    sizes = reference.linear(**{name: None if x is None else x.abs() for name, x in call.items()})
-    # A bound for a sum of blocks that were summed by lanes, not for one sum of 2050 products.
-    error = (got.double() - want).abs() - RELATIVE[dtype] * want.abs() - 100 * unit * sizes
-    assert error.numel() == 0 or error.max() <= 0
+every_dtype = pytest.mark.parametrize("dtype", LINEAR_DTYPES, ids=str)
 
 
 def assert_rows(out: Tensor, call: dict[str, Any]) -> None:
@@ -68,10 +29,10 @@ def assert_rows(out: Tensor, call: dict[str, Any]) -> None:
 
 class TestLinear:
     @examples(150)
-    @given(calls())
+    @given(linear_calls())
     def test_random_calls(self, call: dict[str, Any]) -> None:
         out = ops.linear(**call)
-        assert_close(out, call)
+        assert_linear(out, call)
         assert_rows(out, call)
         plain = {n: None if x is None else x.contiguous() for n, x in call.items()}
         assert torch.equal(ops.linear(**plain), out)

@@ -330,6 +330,7 @@ class Plan(Request):
     headdim_v: int | None = None
     cu_seqlens_q: Tensor | None = None
     cu_seqlens_k_new: Tensor | None = None
+    cache_leftpad: Tensor | None = None
     page_size: int | None = None
     max_seqlen_k_new: int = 0
     causal: bool = False

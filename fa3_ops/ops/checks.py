@@ -502,18 +502,25 @@ def append(
     if (rotary_cos is None) != (rotary_sin is None):
         raise ValueError("rotary_cos and rotary_sin must be given together, got one of them")
     if rotary_cos is not None and rotary_sin is not None:
-        if k.dtype not in DTYPES:
-            names = ", ".join(str(d) for d in DTYPES)
-            raise TypeError(f"k must have one of the dtypes {names} to be rotated, got {k.dtype}")
-        shape(rotary_cos, ("seqlen_ro", "rotary_dim / 2"), "rotary_cos")
-        shape(rotary_sin, tuple(rotary_cos.shape), "rotary_sin")
-        if rotary_cos.dtype is not torch.float32:
-            dtype(rotary_cos, q.dtype, "rotary_cos", " like q, or torch.float32")
-        dtype(rotary_sin, rotary_cos.dtype, "rotary_sin", " like rotary_cos")
-        if rotary_cos.shape[1] * 2 > headdim:
-            raise ValueError(
-                f"rotary_dim must be at most headdim, {headdim}, got {rotary_cos.shape[1] * 2}"
-            )
+        rotary(k, "k", q, "q", rotary_cos, rotary_sin)
+
+
+def rotary(
+    x: Tensor, name: str, like: Tensor, like_name: str, rotary_cos: Tensor, rotary_sin: Tensor
+) -> None:
+    """Tables, of float32 or like what the caller calls so, and what they rotate."""
+    if x.dtype not in DTYPES:
+        names = ", ".join(str(d) for d in DTYPES)
+        raise TypeError(f"{name} must have one of the dtypes {names} to be rotated, got {x.dtype}")
+    shape(rotary_cos, ("seqlen_ro", "rotary_dim / 2"), "rotary_cos")
+    shape(rotary_sin, tuple(rotary_cos.shape), "rotary_sin")
+    if rotary_cos.dtype is not torch.float32:
+        dtype(rotary_cos, like.dtype, "rotary_cos", f" like {like_name}, or torch.float32")
+    dtype(rotary_sin, rotary_cos.dtype, "rotary_sin", " like rotary_cos")
+    if rotary_cos.shape[1] * 2 > x.shape[-1]:
+        raise ValueError(
+            f"rotary_dim must be at most headdim, {x.shape[-1]}, got {rotary_cos.shape[1] * 2}"
+        )
 
 
 def read_after_append(
@@ -592,6 +599,21 @@ def _all_pages(page_table: Tensor, num_pages: int) -> bool:
         ids = page_table.flatten().tolist() or [0]
         lowest, highest = min(ids), max(ids)
     return lowest >= 0 and highest < num_pages
+
+
+def parts(
+    out_partial: Tensor, lse_partial: Tensor, out_dtype: torch.dtype | None, name: str
+) -> None:
+    """What flash_attn_combine merges; `name` says where the dtype of its result comes from."""
+    rows = ("total_q",) if out_partial.dim() == 4 else ("batch_size", "seqlen")
+    shape(out_partial, ("num_splits", *rows, "nheads", "headdim"), "out_partial")
+    shape(lse_partial, tuple(out_partial.shape[:-1]), "lse_partial")
+    dtype(out_partial, torch.float32, "out_partial")
+    dtype(lse_partial, torch.float32, "lse_partial")
+    if out_dtype not in (None, *WIDE):
+        raise TypeError(
+            f"{name} must be torch.float32, torch.float16 or torch.bfloat16, got {out_dtype}"
+        )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

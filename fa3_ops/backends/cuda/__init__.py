@@ -14,6 +14,7 @@ from fa3_ops.backends.call import (
     Combination,
     Gradient,
     Linear,
+    Plan,
     Rotation,
     Scatter,
 )
@@ -34,10 +35,11 @@ CUDA = Device(
     backends={
         Attention: [CudaAttention(), torch_ops.TorchAttention()],
         Gradient: [torch_ops.TorchGradient()],
-        Append: [torch_ops.TorchWrites()],
-        Scatter: [torch_ops.TorchWrites()],
-        Linear: [torch_ops.TorchLinear()],
-        Rotation: [torch_ops.TorchRotation()],
-        Combination: [torch_ops.TorchCombination()],
+        Append: [triton.TritonWrites(), torch_ops.TorchWrites()],
+        Scatter: [triton.TritonWrites(), torch_ops.TorchWrites()],
+        Linear: [triton.TritonLinear(), torch_ops.TorchLinear()],
+        Rotation: [triton.TritonRotation(), torch_ops.TorchRotation()],
+        Combination: [triton.TritonCombination(), torch_ops.TorchCombination()],
+        Plan: [triton.TritonPlan()],
     },
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 
 def launch(
     kernel: Any, grid: int, *args: Any, num_warps: int = 4, num_stages: int = 1, **more: Any
@@ -13,3 +15,8 @@ def launch(
     kernel[(grid,)](
         *args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False, **more
     )
+
+
+def unit_last_stride(t: Tensor) -> Tensor:
+    """t, or a copy where its last elements do not lie side by side, as kernels want them."""
+    return t if t.stride(-1) == 1 else t.contiguous()

@@ -22,6 +22,35 @@ def segment(cu_seqlens, b, total):
 
 
 @triton.jit
+def row_of(index, rows, batch_size, cu_seqlens):
+    """(sequence, row in it, whether it has that) of the index-th row of a tensor that has so many
+    rows, or so many of every sequence."""
+    if cu_seqlens is None:
+        b = index // rows
+        row = index % rows
+        exists = b < batch_size
+    else:
+        b = last_at_or_before(index, cu_seqlens, batch_size)
+        begin, count = segment(cu_seqlens, b, rows)
+        row = index - begin
+        exists = (row >= 0) & (row < count)
+    return b, row, exists
+
+
+@triton.jit
+def last_at_or_before(index, cu_seqlens, batch_size):
+    """The last sequence that begins there, the first one if none does."""
+    low = index * 0
+    high = low + batch_size - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        begins = tl.load(cu_seqlens + middle) <= index
+        low = tl.where(begins, middle, low)
+        high = tl.where(begins, high, middle - 1)
+    return low
+
+
+@triton.jit
 def query_rows(b, seqlen_q, total_q, cu_seqlens_q, seqused_q):
     """(first row in q's batch entry, number of rows that count) of sequence b."""
     begin = 0

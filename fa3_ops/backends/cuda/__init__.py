@@ -33,7 +33,7 @@ CUDA = Device(
     capturing=capturing,
     backends={
         Attention: [CudaAttention(), torch_ops.TorchAttention()],
-        Gradient: [torch_ops.TorchGradient()],
+        Gradient: [triton.TritonGradient(), torch_ops.TorchGradient()],
         Append: [torch_ops.TorchWrites()],
         Scatter: [torch_ops.TorchWrites()],
         Linear: [torch_ops.TorchLinear()],

@@ -4,5 +4,6 @@ Importing this imports no Triton; the kernels are imported when the first call w
 """
 
 from fa3_ops.backends.triton.attention import TritonAttention
+from fa3_ops.backends.triton.gradient import TritonGradient
 
-__all__ = ["TritonAttention"]
+__all__ = ["TritonAttention", "TritonGradient"]

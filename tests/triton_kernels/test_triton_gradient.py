@@ -14,6 +14,8 @@ from test_operators import check_gradients
 from torch import Tensor
 
 import fa3_ops
+from fa3_ops.backends.triton import gradient
+from fa3_ops.backends.triton.attention import described
 
 ops = torch.ops.fa3npu
 DTYPES = (torch.float32, torch.float16)  # bfloat16 is wrong in Triton's interpreter
@@ -227,3 +229,20 @@ def test_float64_is_refused_by_name() -> None:
         NotImplementedError, match=r"triton cannot serve the call: dtype torch\.float64"
     ):
         ops.flash_attn_func_backward(q, q, k, v, q, lse)
+
+
+@of_both
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (72, 16), (192, 128)])
+def test_descriptors_change_no_bit(
+    d: int, dv: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of 16-bit tensors that a device copies by descriptors are those of pointers."""
+    inputs = tuple(rand(1, 70, 1, n, dtype=dtype) for n in (d, d, dv))
+    doubled = rand(1, 70, 1, dv, dtype=dtype), rand(1, 1, 70)
+    want = gradients(inputs, doubled, causal=True)
+    used = []
+    monkeypatch.setattr(gradient, "copies_blocks", lambda device: True)
+    monkeypatch.setattr(gradient, "described", lambda *x: used.append(x) or described(*x))
+    got = gradients(inputs, doubled, causal=True)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+    assert bool(used) == (dtype == torch.float16)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fa3_ops.backends.backend import Backend, Run
 from fa3_ops.backends.call import Attention, Gradient
-from fa3_ops.backends.triton.device import programs, reasons_against
+from fa3_ops.backends.triton.attention import described
+from fa3_ops.backends.triton.device import copies_blocks, missing, programs, reasons_against
 from fa3_ops.backends.triton.launch import launch
 from fa3_ops.backends.triton.schedule import parts_of, power_of_two
 
@@ -23,7 +24,8 @@ class TritonGradient(Backend[Gradient]):
     name = "triton"
 
     def not_supported_reasons(self, request: Gradient, run: Run) -> list[str]:
-        return reasons_against(request.call.q.dtype)
+        dtype = request.call.k.dtype
+        return reasons_against(dtype) if dtype.itemsize > 1 else [*missing(), f"dtype {dtype}"]
 
     def is_bitwise(self, request: Gradient, run: Run) -> bool:
         return True
@@ -81,16 +83,47 @@ def blocks_of(call: Attention) -> tuple[Blocks, Blocks]:
 def differentiate(request: Gradient) -> tuple[Tensor, Tensor, Tensor]:
     from fa3_ops.backends.triton.kernels.backward import gradients_of_keys, gradients_of_rows
 
-    call = request.call
+    call, dout = request.call, request.dout
     dq, dk, dv = results(call)
-    terms = terms_of_rows(request)
+    shift, delta = terms_of_rows(request)
     keys, rows = blocks_of(call)
-    group = call.nheads // call.nheads_k
-    sum_over(
-        gradients_of_keys, keys, -(-longest_keys(call) // keys.block_n), request, terms, dk, dv
-    )
-    sum_over(gradients_of_rows, rows, -(-call.seqlen_q // rows.block_m) * group, request, terms, dq)
+    tiles = -(-longest_keys(call) // keys.block_n)
+    described = descriptors(call, call.q, dout, keys.block_m)
+    sum_over(gradients_of_keys, keys, tiles, request, *described, shift, delta, dk, dv)
+    tiles = -(-call.seqlen_q // rows.block_m) * (call.nheads // call.nheads_k)
+    described = descriptors(call, call.k, call.v, rows.block_n)
+    sum_over(gradients_of_rows, rows, tiles, request, *described, shift, delta, dq)
     return dq, dk, dv
+
+
+def descriptors(call: Attention, x: Tensor, x_v: Tensor, rows: int) -> tuple[Any, Any, Any]:
+    """Of x with headdim columns, of the rest of its columns, of x_v with headdim_v; or none."""
+    if not (sees_everything(call) and all(is_describable(t) for t in (x, x_v))):
+        return None, None, None
+    dim, dim_rest = parts_of(call.headdim)
+    rest = described(x, rows, dim_rest) if dim_rest else None
+    return described(x, rows, dim), rest, described(x_v, rows, power_of_two(call.headdim_v))
+
+
+def sees_everything(call: Attention) -> bool:
+    """Whether every row sees a key, and every key is seen: a descriptor copies all of them."""
+    some = (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k)
+    if any(lengths is not None for lengths in some):
+        return False
+    seqlen_q, seqlen_k = call.q.shape[1], call.k.shape[1]
+    left, right = call.window_size
+    limited = left >= 0 or call.attention_chunk > 0
+    return seqlen_q == seqlen_k or not (limited or (right >= 0 and seqlen_q > seqlen_k))
+
+
+def is_describable(x: Tensor) -> bool:
+    strides = (n * x.element_size() for n in x.stride()[:-1])
+    return (
+        copies_blocks(x.device)
+        and x.element_size() == 2
+        and x.data_ptr() % 16 == 0
+        and all(n > 0 and n % 16 == 0 for n in strides)
+    )
 
 
 def results(call: Attention) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,10 +168,9 @@ def sum_over(
     blocks: Blocks,
     tiles: int,
     request: Gradient,
-    terms: tuple[Tensor, Tensor],
-    *outputs: Tensor,
+    *own: Any,
 ) -> None:
-    """Starts a kernel with so many tiles for each sequence and KV head."""
+    """Starts a kernel with so many tiles for each sequence and KV head, and its own arguments."""
     call, dout, slopes = request.call, request.dout, request.call.alibi_slopes
     items = tiles * call.batch_size * call.nheads_k
     left, right = (None if n < 0 else min(n, FARTHEST) for n in call.window_size)
@@ -146,7 +178,7 @@ def sum_over(
     launch(
         kernel,
         programs(items, call.device),
-        *(call.q, call.k, call.v, dout, *terms, *outputs),
+        *(call.q, call.k, call.v, dout, *own),
         *(call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k, slopes),
         *(call.batch_size, call.seqlen_q, call.q.shape[0]),
         *(call.k.shape[1 if call.cu_seqlens_k is None else 0], tiles, items),

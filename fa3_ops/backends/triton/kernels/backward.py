@@ -17,11 +17,14 @@ from fa3_ops.backends.triton.kernels.softmax import LOG2E, tanh
 
 @triton.jit
 def load_tile(
-    x, b, first, head, block, low, high, batch_stride, row_stride, head_stride, column,
+    x, described, b, first, head, block, low, high, batch_stride, row_stride, head_stride, column,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr,
 ):
     """(BLOCK, DIM) of a head's rows block, block + 1, ... of a sequence that begins at row `first`,
-    zeros outside of low..high and behind WIDTH columns."""
+    zeros outside of low..high and behind WIDTH columns. By a tensor descriptor of (batch entry,
+    row, head, column), where there is one: then rows outside of low..high are what they are."""
+    if described is not None:
+        return described.load([b, block, head, column]).reshape(BLOCK, DIM)
     x += b.to(tl.int64) * batch_stride + head * head_stride
     return load_block(
         x, None, block, first, low, high, row_stride, 0, 0, 0, column, WIDTH,
@@ -118,11 +121,11 @@ def row_terms(
         row, rows = query_rows(b, seqlen_q, total_q, cu_seqlens_q, seqused_q)
         if block < rows:
             x = load_tile(
-                dout, b, row, head, block, 0, rows, dout_batch, dout_row, dout_head, 0,
+                dout, None, b, row, head, block, 0, rows, dout_batch, dout_row, dout_head, 0,
                 HEADDIM_V, BLOCK_M, DIM_V,
             )
             y = load_tile(
-                out, b, row, head, block, 0, rows, out_batch, out_row, out_head, 0,
+                out, None, b, row, head, block, 0, rows, out_batch, out_row, out_head, 0,
                 HEADDIM_V, BLOCK_M, DIM_V,
             )
             products = tl.dot(x, tl.trans(y), input_precision="ieee")
@@ -140,7 +143,8 @@ def row_terms(
 
 @triton.jit
 def add_rows(
-    k, k_rest, v, dk, dk_rest, dv, q, dout, shift, delta, b, row, head, block, first, last,
+    k, k_rest, v, dk, dk_rest, dv, q, dout, q_described, q_rest_described, dout_described,
+    shift, delta, b, row, head, block, first, last,
     rows, position, end, slope, scale, softcap, window_left, window_right, attention_chunk, masked,
     q_batch, q_row, q_head, dout_batch, dout_row, dout_head,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, DIM: tl.constexpr, DIM_REST: tl.constexpr,
@@ -150,12 +154,13 @@ def add_rows(
     token = block + tl.arange(0, BLOCK_M)
     seen = (token >= first) & (token < last)
     q_tile = load_tile(
-        q, b, row, head, block, first, last, q_batch, q_row, q_head, 0, HEADDIM, BLOCK_M, DIM
+        q, q_described, b, row, head, block, first, last, q_batch, q_row, q_head, 0,
+        HEADDIM, BLOCK_M, DIM,
     )
     scores = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
     if DIM_REST > 0:
         q_rest = load_tile(
-            q, b, row, head, block, first, last, q_batch, q_row, q_head, DIM,
+            q, q_rest_described, b, row, head, block, first, last, q_batch, q_row, q_head, DIM,
             HEADDIM, BLOCK_M, DIM_REST,
         )
         scores = tl.dot(k_rest, tl.trans(q_rest), scores, input_precision="ieee")
@@ -165,7 +170,7 @@ def add_rows(
         attention_chunk, masked, TRANSFORMED,
     )
     dout_tile = load_tile(
-        dout, b, row, head, block, first, last, dout_batch, dout_row, dout_head, 0,
+        dout, dout_described, b, row, head, block, first, last, dout_batch, dout_row, dout_head, 0,
         HEADDIM_V, BLOCK_M, DIM_V,
     )
     dv = tl.dot(p.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
@@ -183,8 +188,9 @@ def add_rows(
     "softcap", "window_left", "window_right", "attention_chunk",
 ])
 def gradients_of_keys(
-    q, k, v, dout, shift, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
-    alibi_slopes, batch_size, seqlen_q, total_q, capacity, tiles, work_items,
+    q, k, v, dout, q_described, q_rest_described, dout_described, shift, delta, dk, dv,
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes,
+    batch_size, seqlen_q, total_q, capacity, tiles, work_items,
     softmax_scale, softcap, window_left, window_right, attention_chunk,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     dout_batch, dout_row, dout_head, alibi_batch, nheads_k,
@@ -216,11 +222,11 @@ def gradients_of_keys(
             blocks = (last - start + BLOCK_M - 1) // BLOCK_M
             blocks = tl.where((low < high) & (first < last), blocks, 0)
             k_tile = load_tile(
-                k, b, key, head_k, block, low, high, k_batch, k_row, k_head, 0,
+                k, None, b, key, head_k, block, low, high, k_batch, k_row, k_head, 0,
                 HEADDIM, BLOCK_N, DIM,
             )
             v_tile = load_tile(
-                v, b, key, head_k, block, low, high, v_batch, v_row, v_head, 0,
+                v, None, b, key, head_k, block, low, high, v_batch, v_row, v_head, 0,
                 HEADDIM_V, BLOCK_N, DIM_V,
             )
             dk_tile = tl.zeros([BLOCK_N, DIM], tl.float32)
@@ -229,7 +235,7 @@ def gradients_of_keys(
             dk_rest = dk_tile
             if DIM_REST > 0:
                 k_rest = load_tile(
-                    k, b, key, head_k, block, low, high, k_batch, k_row, k_head, DIM,
+                    k, None, b, key, head_k, block, low, high, k_batch, k_row, k_head, DIM,
                     HEADDIM, BLOCK_N, DIM_REST,
                 )
                 dk_rest = tl.zeros([BLOCK_N, DIM_REST], tl.float32)
@@ -243,6 +249,7 @@ def gradients_of_keys(
                 is_full = is_whole & (token >= first_full) & (token + BLOCK_M <= last_full)
                 dk_tile, dk_rest, dv_tile = add_rows(
                     k_tile, k_rest, v_tile, dk_tile, dk_rest, dv_tile, q, dout,
+                    q_described, q_rest_described, dout_described,
                     shift + at, delta + at, b, row, head, token, first, last, rows, position, end,
                     slope_of(alibi_slopes, b, head, alibi_batch), softmax_scale, softcap,
                     window_left, window_right, attention_chunk, is_full == 0,
@@ -261,7 +268,8 @@ def gradients_of_keys(
 
 @triton.jit
 def add_keys(
-    q, q_rest, dout, dq, dq_rest, k, v, shift, delta, b, key, head_k, block, low, high,
+    q, q_rest, dout, dq, dq_rest, k, v, k_described, k_rest_described, v_described,
+    shift, delta, b, key, head_k, block, low, high,
     token, rows, end, slope, scale, softcap, window_left, window_right, attention_chunk, masked,
     k_batch, k_row, k_head, v_batch, v_row, v_head,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, DIM: tl.constexpr, DIM_REST: tl.constexpr,
@@ -269,17 +277,19 @@ def add_keys(
 ):
     """dq of a block of rows after the keys block, block + 1, ..."""
     k_tile = load_tile(
-        k, b, key, head_k, block, low, high, k_batch, k_row, k_head, 0, HEADDIM, BLOCK_N, DIM
+        k, k_described, b, key, head_k, block, low, high, k_batch, k_row, k_head, 0,
+        HEADDIM, BLOCK_N, DIM,
     )
     scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
     if DIM_REST > 0:
         k_rest = load_tile(
-            k, b, key, head_k, block, low, high, k_batch, k_row, k_head, DIM,
+            k, k_rest_described, b, key, head_k, block, low, high, k_batch, k_row, k_head, DIM,
             HEADDIM, BLOCK_N, DIM_REST,
         )
         scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision="ieee")
     v_tile = load_tile(
-        v, b, key, head_k, block, low, high, v_batch, v_row, v_head, 0, HEADDIM_V, BLOCK_N, DIM_V
+        v, v_described, b, key, head_k, block, low, high, v_batch, v_row, v_head, 0,
+        HEADDIM_V, BLOCK_N, DIM_V,
     )
     dp = tl.dot(dout, tl.trans(v_tile), input_precision="ieee")
     position = block + tl.arange(0, BLOCK_N)
@@ -299,8 +309,9 @@ def add_keys(
     "softcap", "window_left", "window_right", "attention_chunk",
 ])
 def gradients_of_rows(
-    q, k, v, dout, shift, delta, dq, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
-    alibi_slopes, batch_size, seqlen_q, total_q, capacity, tiles, work_items,
+    q, k, v, dout, k_described, k_rest_described, v_described, shift, delta, dq,
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, alibi_slopes,
+    batch_size, seqlen_q, total_q, capacity, tiles, work_items,
     softmax_scale, softcap, window_left, window_right, attention_chunk,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     dout_batch, dout_row, dout_head, alibi_batch, nheads_k,
@@ -324,10 +335,11 @@ def gradients_of_rows(
                 last, rows, 0, end, window_left, window_right, attention_chunk
             )
             q_tile = load_tile(
-                q, b, row, head, start, 0, rows, q_batch, q_row, q_head, 0, HEADDIM, BLOCK_M, DIM
+                q, None, b, row, head, start, 0, rows, q_batch, q_row, q_head, 0,
+                HEADDIM, BLOCK_M, DIM,
             )
             dout_tile = load_tile(
-                dout, b, row, head, start, 0, rows, dout_batch, dout_row, dout_head, 0,
+                dout, None, b, row, head, start, 0, rows, dout_batch, dout_row, dout_head, 0,
                 HEADDIM_V, BLOCK_M, DIM_V,
             )
             dq_tile = tl.zeros([BLOCK_M, DIM], tl.float32)
@@ -335,7 +347,7 @@ def gradients_of_rows(
             dq_rest = dq_tile
             if DIM_REST > 0:
                 q_rest = load_tile(
-                    q, b, row, head, start, 0, rows, q_batch, q_row, q_head, DIM,
+                    q, None, b, row, head, start, 0, rows, q_batch, q_row, q_head, DIM,
                     HEADDIM, BLOCK_M, DIM_REST,
                 )
                 dq_rest = tl.zeros([BLOCK_M, DIM_REST], tl.float32)
@@ -349,7 +361,8 @@ def gradients_of_rows(
             for block in range(low // BLOCK_N * BLOCK_N, high, BLOCK_N):
                 is_full = (block >= low_full) & (block + BLOCK_N <= full)
                 dq_tile, dq_rest = add_keys(
-                    q_tile, q_rest, dout_tile, dq_tile, dq_rest, k, v, shift_of_rows, delta_of_rows,
+                    q_tile, q_rest, dout_tile, dq_tile, dq_rest, k, v,
+                    k_described, k_rest_described, v_described, shift_of_rows, delta_of_rows,
                     b, key, head_k, block, low, high, token, rows, end, slope, softmax_scale,
                     softcap, window_left, window_right, attention_chunk, is_full == 0,
                     k_batch, k_row, k_head, v_batch, v_row, v_head,

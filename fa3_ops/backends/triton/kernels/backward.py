@@ -60,6 +60,21 @@ def viewers(position, rows, end, window_left, window_right, attention_chunk):
 
 
 @triton.jit
+def viewers_of_block(
+    block, rows, end, window_left, window_right, attention_chunk, BLOCK_N: tl.constexpr
+):
+    """(low, high, first, last, first_full, last_full): the keys low..high of a block that any row
+    sees, the rows first..last that see any of them and those that see the whole block."""
+    low, _, high = range_of(0, rows - 1, rows, 0, end, window_left, window_right, attention_chunk)
+    low = tl.maximum(low, block)
+    high = tl.minimum(high, block + BLOCK_N)
+    first, last_full = viewers(low, rows, end, window_left, window_right, attention_chunk)
+    first_full, last = viewers(high - 1, rows, end, window_left, window_right, attention_chunk)
+    last = tl.where(low < high, last, first)
+    return low, high, first, last, first_full, tl.where(high - low == BLOCK_N, last_full, 0)
+
+
+@triton.jit
 def slope_of(alibi_slopes, b, head, batch_stride):
     slope = None
     if alibi_slopes is not None:
@@ -206,21 +221,12 @@ def gradients_of_keys(
         row, rows = query_rows(b, seqlen_q, total_q, cu_seqlens_q, seqused_q)
         key, _, end = key_rows(b, capacity, cu_seqlens_k, seqused_k, None, None)
         if block < end:
-            low, _, high = range_of(
-                0, rows - 1, rows, 0, end, window_left, window_right, attention_chunk
+            low, high, first, last, first_full, last_full = viewers_of_block(
+                block, rows, end, window_left, window_right, attention_chunk, BLOCK_N
             )
-            low = tl.maximum(low, block)
-            high = tl.minimum(high, block + BLOCK_N)
-            first, last_full = viewers(
-                low, rows, end, window_left, window_right, attention_chunk
-            )
-            first_full, last = viewers(
-                high - 1, rows, end, window_left, window_right, attention_chunk
-            )
-            is_whole = high - low == BLOCK_N
             start = first // BLOCK_M * BLOCK_M
             blocks = (last - start + BLOCK_M - 1) // BLOCK_M
-            blocks = tl.where((low < high) & (first < last), blocks, 0)
+            blocks = tl.where(first < last, blocks, 0)
             k_tile = load_tile(
                 k, None, b, key, head_k, block, low, high, k_batch, k_row, k_head, 0,
                 HEADDIM, BLOCK_N, DIM,
@@ -246,13 +252,13 @@ def gradients_of_keys(
                 at = lse_at(
                     b, row, 0, head, nheads_k * GROUP, seqlen_q, total_q, cu_seqlens_q
                 )
-                is_full = is_whole & (token >= first_full) & (token + BLOCK_M <= last_full)
+                masked = (token < first_full) | (token + BLOCK_M > last_full)
                 dk_tile, dk_rest, dv_tile = add_rows(
                     k_tile, k_rest, v_tile, dk_tile, dk_rest, dv_tile, q, dout,
                     q_described, q_rest_described, dout_described,
                     shift + at, delta + at, b, row, head, token, first, last, rows, position, end,
                     slope_of(alibi_slopes, b, head, alibi_batch), softmax_scale, softcap,
-                    window_left, window_right, attention_chunk, is_full == 0,
+                    window_left, window_right, attention_chunk, masked,
                     q_batch, q_row, q_head, dout_batch, dout_row, dout_head,
                     HEADDIM, HEADDIM_V, DIM, DIM_REST, DIM_V, BLOCK_M, TRANSFORMED,
                 )
@@ -359,12 +365,12 @@ def gradients_of_rows(
             delta_of_rows = tl.load(delta + at, mask=exists, other=0.0)
             slope = slope_of(alibi_slopes, b, head, alibi_batch)
             for block in range(low // BLOCK_N * BLOCK_N, high, BLOCK_N):
-                is_full = (block >= low_full) & (block + BLOCK_N <= full)
+                masked = (block < low_full) | (block + BLOCK_N > full)
                 dq_tile, dq_rest = add_keys(
                     q_tile, q_rest, dout_tile, dq_tile, dq_rest, k, v,
                     k_described, k_rest_described, v_described, shift_of_rows, delta_of_rows,
                     b, key, head_k, block, low, high, token, rows, end, slope, softmax_scale,
-                    softcap, window_left, window_right, attention_chunk, is_full == 0,
+                    softcap, window_left, window_right, attention_chunk, masked,
                     k_batch, k_row, k_head, v_batch, v_row, v_head,
                     HEADDIM, HEADDIM_V, DIM, DIM_REST, DIM_V, BLOCK_N, TRANSFORMED,
                 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -24,13 +24,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fa3_ops  # noqa: F401  (registers the operators)
 
 SHAPES = "16x1024,4x4096,1x16384"
-ROUNDS = 25
-WARM_UP = 3
+ROUNDS = 15
+WARM_UP = 2
+CALLS = 4  # of a turn, so that the host is ahead of the device
 
 
 @contextmanager
-def deterministic() -> Any:
+def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
@@ -81,11 +83,12 @@ def milliseconds(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
         for name, call in calls.items():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            call()
+            for _ in range(CALLS):
+                call()
             end.record()
             end.synchronize()
             if turn >= WARM_UP:
-                times[name].append(begin.elapsed_time(end))
+                times[name].append(begin.elapsed_time(end) / CALLS)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -101,16 +104,17 @@ def main() -> None:
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}: causal, {arguments.dtype}, "
         f"heads {arguments.heads}, KV heads {arguments.heads_k}, headdim {arguments.headdim}\n"
     )
-    rows = []
+    table: list[tuple[str, ...]] = []
     for shape in arguments.shapes.split(","):
         batch, seqlen = map(int, shape.split("x"))
         flops = 5 * batch * arguments.heads * seqlen * seqlen * arguments.headdim
         times = milliseconds(calls_of(batch, seqlen, arguments))
         cells = (f"{ms:.3f} ms, {flops / ms / 1e9:.0f} TF" for ms in times.values())
-        rows.append((shape, *cells, f"{times['FA2'] / times['fa3_ops']:.2f}"))
+        if not table:
+            table = [("batch x rows", *times, "FA2 / fa3_ops"), ("---",) * (len(times) + 2)]
+        table.append((shape, *cells, f"{times['FA2'] / times['fa3_ops']:.2f}"))
         torch.cuda.empty_cache()
-    header = ("batch x rows", *times, "FA2 / fa3_ops")
-    for row in (header, ("---",) * len(header), *rows):
+    for row in table:
         print(f"| {' | '.join(row)} |")
 
 

@@ -108,7 +108,7 @@ def weights(
 
 
 @triton.jit
-def slopes(p, dp, delta, tanh_of_scores, softcap):
+def gradients_of_scores(p, dp, delta, tanh_of_scores, softcap):
     """dS of a tile, but for softmax_scale."""
     ds = p * (dp - delta)
     if softcap is not None:
@@ -191,7 +191,7 @@ def add_rows(
     dv = tl.dot(p.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
     dp = tl.dot(v, tl.trans(dout_tile), input_precision="ieee")
     delta_of_rows = tl.load(delta + token, mask=seen, other=0.0)[None, :]
-    ds = slopes(p, dp, delta_of_rows, tanh_of_scores, softcap).to(q_tile.dtype)
+    ds = gradients_of_scores(p, dp, delta_of_rows, tanh_of_scores, softcap).to(q_tile.dtype)
     dk = tl.dot(ds, q_tile, dk, input_precision="ieee")
     if DIM_REST > 0:
         dk_rest = tl.dot(ds, q_rest, dk_rest, input_precision="ieee")
@@ -303,7 +303,7 @@ def add_keys(
         scores, shift[:, None], token[:, None], position[None, :], rows, end, slope, scale,
         softcap, window_left, window_right, attention_chunk, masked, TRANSFORMED,
     )
-    ds = slopes(p, dp, delta[:, None], tanh_of_scores, softcap).to(k_tile.dtype)
+    ds = gradients_of_scores(p, dp, delta[:, None], tanh_of_scores, softcap).to(k_tile.dtype)
     dq = tl.dot(ds, k_tile, dq, input_precision="ieee")
     if DIM_REST > 0:
         dq_rest = tl.dot(ds, k_rest, dq_rest, input_precision="ieee")

@@ -71,6 +71,8 @@ def served_by_triton() -> Iterator[None]:
     InterpreterBuilder.create_dot = product
     InterpreterBuilder.create_fp_trunc = truncated
     served = {
+        backends.Attention: triton.TritonAttention(),
+        backends.Gradient: triton.TritonGradient(),
         backends.Append: triton.TritonWrites(),
         backends.Combination: triton.TritonCombination(),
         backends.Linear: triton.TritonLinear(),

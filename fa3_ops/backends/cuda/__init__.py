@@ -34,7 +34,7 @@ CUDA = Device(
     capturing=capturing,
     backends={
         Attention: [CudaAttention(), torch_ops.TorchAttention()],
-        Gradient: [torch_ops.TorchGradient()],
+        Gradient: [triton.TritonGradient(), torch_ops.TorchGradient()],
         Append: [triton.TritonWrites(), torch_ops.TorchWrites()],
         Scatter: [triton.TritonWrites(), torch_ops.TorchWrites()],
         Linear: [triton.TritonLinear(), torch_ops.TorchLinear()],

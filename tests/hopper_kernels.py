@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fa3_ops
 from fa3_ops import reference
 from fa3_ops.backends.cuda import flash_attn_3, flash_attn_4
 from fa3_ops.backends.cuda.capabilities import FLASH_ATTN_3, FLASH_ATTN_4, Capabilities
@@ -81,24 +82,21 @@ def unwrite(
 
 
 def gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dout: Tensor,
-    dlse: Tensor | None,
     written: tuple[Tensor, Tensor, Tensor],
+    *tensors: Tensor,
+    dlse: Tensor | None = None,
     **arguments: Any,
 ) -> None:
-    """By autograd through the reference, into the parts of `written` that a sequence has."""
-    inputs = [x.double().requires_grad_() for x in (q, k, v)]
-    with torch.enable_grad():
-        out, lse = reference.batched(*inputs, **arguments)
-        loss = (out * dout.double()).sum()
-        if dlse is not None:
-            loss = loss + (lse.masked_fill(lse.isinf(), 0) * dlse.double()).sum()
-    for into, grad in zip(written, torch.autograd.grad(loss, inputs), strict=True):
-        of_some = grad.abs().sum((-2, -1)) > 0
-        into[of_some] = grad[of_some].to(into.dtype)
+    """By the CPU's kernels from (dout, q, k, v, out, softmax_lse), into the rows of `written` that
+    a sequence has."""
+    with fa3_ops.use_backend("cpu"):
+        found = torch.ops.fa3npu.flash_attn_varlen_func_backward(
+            *tensors, dsoftmax_lse=dlse, **arguments
+        )
+    all_rows = not any(isinstance(x, Tensor) for x in arguments.values())
+    for into, grad in zip(written, found, strict=True):
+        of_some = (grad.abs().sum((-2, -1)) > 0) | all_rows
+        into[of_some] = grad[of_some]
 
 
 class Kernels3:
@@ -217,11 +215,13 @@ class Kernels3:
         widest = max(q.shape[-1], v.shape[-1])
         check(not deterministic or widest <= 192, "Deterministic backward not supported")
         gradients(
-            *(q, k, v, dout, None, (dq, dk, dv)),
+            *((dq, dk, dv), dout, q, k, v, out, softmax_lse),
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
             seqused_q=seqused_q,
             seqused_k=seqused_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
             softmax_scale=softmax_scale,
             causal=is_causal,
             window_size=(window_size_left, window_size_right),
@@ -332,11 +332,14 @@ class Kernels4:
         check(q.shape[-1] == v.shape[-1] or q.shape[-2] == k.shape[-2], "GQA backward requires")
         self.check_sides(window_size_left, window_size_right)
         gradients(
-            *(q, k, v, dout, dlse, (dq, dk, dv)),
+            *((dq, dk, dv), dout, q, k, v, out, lse),
+            dlse=dlse,
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=cu_seqlens_k,
             seqused_q=seqused_q,
             seqused_k=seqused_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
             softmax_scale=softmax_scale,
             causal=causal,
             window_size=self.window(window_size_left, window_size_right),

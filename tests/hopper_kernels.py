@@ -56,14 +56,26 @@ def check_vectors(batch_size: int, **vectors: Tensor | None) -> None:
         check(len(x) == batch_size + name.startswith("cu_"), f"{name} must have shape")
 
 
-def check_pages(page_table: Tensor | None, k: Tensor, seqused_k: Tensor | None) -> None:
-    """A page id that is none is an address that is none."""
+def check_pages(
+    page_table: Tensor | None,
+    k: Tensor,
+    seqused_k: Tensor | None,
+    kv_batch_idx: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+) -> None:
+    """A page id that is none is an address that is none, and whole blocks are read: a weight of 0
+    does not silence NaN."""
     if page_table is None:
         return
     check(page_table.dtype == torch.int32 and page_table.stride(-1) == 1, "page_table")
-    check(bool(((page_table >= 0) & (page_table < len(k))).all()), "illegal memory access: page")
-    capacity = page_table.shape[1] * k.shape[1]
-    check(seqused_k is not None and bool((seqused_k <= capacity).all()), "illegal memory access")
+    check(bool(((page_table >= 0) & (page_table < len(k))).all()), "illegal memory access")
+    assert seqused_k is not None
+    check(bool((seqused_k <= page_table.shape[1] * k.shape[1]).all()), "illegal memory access")
+    for b, used in enumerate(seqused_k.tolist()):
+        pages = page_table[b if kv_batch_idx is None else int(kv_batch_idx[b])]
+        first = 0 if leftpad_k is None else int(leftpad_k[b])
+        read = k[pages].flatten(0, 1)[first:used].float()
+        check(used == 1 or bool(read.isfinite().all()), "NaN is read")
 
 
 def unwrite(
@@ -140,7 +152,7 @@ class Kernels3:
             kv_batch_idx=kv_batch_idx,
             leftpad_k=leftpad_k,
         )
-        check_pages(page_table, k, seqused_k)
+        check_pages(page_table, k, seqused_k, kv_batch_idx, leftpad_k)
         self.check_widths(q, k, v, q_v)
         for descale in (q_descale, k_descale, v_descale):
             fits = descale is None or descale.shape == (batch_size, k.shape[-2])

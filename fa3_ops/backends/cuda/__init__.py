@@ -17,6 +17,8 @@ from fa3_ops.backends.call import (
     Rotation,
     Scatter,
 )
+from fa3_ops.backends.cuda.flash_attn_3 import FlashAttn3, FlashAttn3Gradient
+from fa3_ops.backends.cuda.flash_attn_4 import FlashAttn4, FlashAttn4Gradient
 from fa3_ops.backends.cuda.prefill import CudaAttention
 from fa3_ops.backends.devices import Device
 
@@ -32,8 +34,14 @@ CUDA = Device(
     key="CUDA",
     capturing=capturing,
     backends={
-        Attention: [CudaAttention(), torch_ops.TorchAttention()],
-        Gradient: [torch_ops.TorchGradient()],
+        # FlashAttention's own kernels keep no bitwise contract: they serve who asks for them.
+        Attention: [
+            CudaAttention(),
+            torch_ops.TorchAttention(),
+            FlashAttn3(),
+            FlashAttn4(),
+        ],
+        Gradient: [torch_ops.TorchGradient(), FlashAttn3Gradient(), FlashAttn4Gradient()],
         Append: [torch_ops.TorchWrites()],
         Scatter: [torch_ops.TorchWrites()],
         Linear: [torch_ops.TorchLinear()],

@@ -55,6 +55,15 @@ def paged(**more: Any) -> dict[str, Any]:
     return cached(**pages, page_table=ints(3, 7, 1, 0, 4, 2).view(2, 3)) | more
 
 
+def hidden_pages() -> dict[str, Any]:
+    """Pages before a window with ids that are none; what they may be taken for is NaN."""
+    call = paged(window_size=(3, 0), cache_seqlens=ints(22, 19))
+    call["page_table"] = ints(-1, 7, 1, 2**31 - 1, 4, 2).view(2, 3)
+    for cache in (call["k_cache"], call["v_cache"]):
+        cache[[0, -1]] = float("nan")
+    return call
+
+
 MADE: dict[str, Callable[..., dict[str, Any]]] = {"dense": dense, "packed": packed, "cache": cached}
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "dense": fa3_ops.flash_attn_func,
@@ -94,13 +103,17 @@ BY_BOTH: dict[str, tuple[str, dict[str, Any]]] = {
         "cache",
         paged(q=rand(7, 4, 32), cu_seqlens_q=ints(0, 2, 6), max_seqlen_q=4),
     ),
-    "pages before a window": (
+    "pages before a window": ("cache", hidden_pages()),
+    "pages that nobody needs": (
         "cache",
-        paged(
-            window_size=(3, 0),
-            cache_seqlens=ints(22, 19),
-            page_table=ints(-1, 7, 1, 2**31 - 1, 4, 2).view(2, 3),
-        ),
+        paged(page_table=ints(3, -1, -1, 0, 4, 2**31 - 1).view(2, 3), cache_seqlens=ints(8, 9)),
+    ),
+    "strided lengths": (
+        "packed",
+        {
+            "cu_seqlens_q": ints(1, 9, 4, 9, 4, 9, 9, 9, 12)[::2],
+            "seqused_k": ints(7, 9, 0, 9, 0, 9, 3)[::2],
+        },
     ),
     "splits": ("cache", {"num_splits": 7}),
 }

@@ -142,8 +142,13 @@ class TestRight:
         assert_exact(out, expected("packed", call)[0], F16, slack=1e-3)
 
 
-HEADDIMS = st.sampled_from([(16, 16), (64, 64), (64, 32), (8, 8), (24, 24), (192, 128), (20, 20)])
+HEADDIMS = st.sampled_from([(16, 16), (64, 64), (64, 32), (8, 8), (32, 32), (192, 128)])
 DTYPES = (torch.float16, torch.bfloat16, F8)
+
+
+def plainer(call: dict[str, Any]) -> dict[str, Any]:
+    """Without what is mostly refused."""
+    return {n: x for n, x in call.items() if n not in ("alibi_slopes", "qv", "cache_start")}
 
 
 class TestRandomCalls:
@@ -162,20 +167,20 @@ class TestRandomCalls:
     @given(data=st.data())
     @examples(60)
     def test_dense(self, name: str, data: st.DataObject) -> None:
-        self.check(name, "dense", data.draw(dense_calls(DTYPES, HEADDIMS)))
+        self.check(name, "dense", plainer(data.draw(dense_calls(DTYPES, HEADDIMS, narrow=False))))
 
     @pytest.mark.parametrize("name", NAMES)
     @given(data=st.data())
     @examples(60)
     def test_packed(self, name: str, data: st.DataObject) -> None:
-        call = data.draw(varlen_calls(DTYPES, HEADDIMS))
+        call = plainer(data.draw(varlen_calls(DTYPES, HEADDIMS, narrow=False)))
         self.check(name, "packed", call | {"max_seqlen_q": 40, "max_seqlen_k": 70})
 
     @pytest.mark.parametrize("name", NAMES)
     @given(data=st.data())
     @examples(60)
     def test_cache(self, name: str, data: st.DataObject) -> None:
-        call = data.draw(kvcache_calls(DTYPES, HEADDIMS))
+        call = plainer(data.draw(kvcache_calls(DTYPES, HEADDIMS, narrow=False)))
         hide_pages(call)
         self.check(name, "cache", call)
 

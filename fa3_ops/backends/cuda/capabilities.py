@@ -35,7 +35,7 @@ class Capabilities:
     page_table: bool = True
     lengths: bool = True  # cu_seqlens, seqused, cache_seqlens, cache_leftpad
     cache_leftpad: bool = True
-    cache_batch_idx: bool = True  # of a dense cache; of a paged one it selects rows of the table
+    cache_batch_idx: bool = True  # of a dense cache: of a paged one, rows of the table are selected
     sinks: bool = False  # in the kernel; elsewhere they rescale its results
     max_num_splits: int = 256
     backward: bool = True

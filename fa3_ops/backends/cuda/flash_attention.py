@@ -75,10 +75,7 @@ class FlashAttention(FromPackage[Attention]):
 
     def lower(self, request: Attention, run: Run) -> Attention:
         run.note("the bitwise contract is not kept")
-        call = request
-        if not self.found().can.cache_batch_idx:
-            call = select_table_rows(call, run)
-        return readable(bound(without_hidden_pages(call)))
+        return readable(bound(without_hidden_pages(select_table_rows(request, run))))
 
     def launch(self, request: Attention, lowered: Attention, run: Run) -> tuple[Tensor, Tensor]:
         sinks = None if self.found().can.sinks else request.sinks

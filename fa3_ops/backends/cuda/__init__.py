@@ -32,6 +32,7 @@ def capturing(at: torch.device) -> bool:
 CUDA = Device(
     "cuda",
     key="CUDA",
+    steady_sums=False,
     capturing=capturing,
     backends={
         # FlashAttention's own kernels keep no bitwise contract: they serve who asks for them.

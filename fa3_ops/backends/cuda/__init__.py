@@ -14,6 +14,7 @@ from fa3_ops.backends.call import (
     Combination,
     Gradient,
     Linear,
+    Plan,
     Rotation,
     Scatter,
 )
@@ -48,5 +49,6 @@ CUDA = Device(
         Linear: [torch_ops.TorchLinear()],
         Rotation: [torch_ops.TorchRotation()],
         Combination: [torch_ops.TorchCombination()],
+        Plan: [torch_ops.TorchPlan()],
     },
 )

@@ -87,6 +87,8 @@ BY_BOTH: dict[str, tuple[str, dict[str, Any]]] = {
     "window": ("dense", {"window_size": (3, 1)}),
     "left side": ("dense", {"window_size": (3, -1)}),
     "right side": ("dense", {"window_size": (-1, 2)}),
+    "sides past all keys": ("dense", {"window_size": (2**40, 2**31 - 1)}),
+    "one side past all keys": ("dense", {"window_size": (2**40, 0)}),
     "softcap, scale": ("dense", {"softcap": 3.0, "softmax_scale": 0.3}),
     "sinks": ("dense", {"sinks": torch.tensor([0.3, -1.0, 2.0, float("inf")]), **CAUSAL}),
     "sinks, blind rows": ("dense", {"q": rand(2, 12, 4, 32), "sinks": rand(4), **CAUSAL}),

@@ -60,7 +60,8 @@ def check_pages(
     page_table: Tensor | None,
     k: Tensor,
     seqused_k: Tensor | None,
-    kv_batch_idx: Tensor | None = None,
+    cu_seqlens_q: Tensor | None,
+    seqused_q: Tensor | None,
     leftpad_k: Tensor | None = None,
 ) -> None:
     """A page id that is none is an address that is none, and whole blocks are read: a weight of 0
@@ -71,11 +72,13 @@ def check_pages(
     check(bool(((page_table >= 0) & (page_table < len(k))).all()), "illegal memory access")
     assert seqused_k is not None
     check(bool((seqused_k <= page_table.shape[1] * k.shape[1]).all()), "illegal memory access")
+    rows = seqused_q if cu_seqlens_q is None or seqused_q is not None else cu_seqlens_q.diff()
     for b, used in enumerate(seqused_k.tolist()):
-        pages = page_table[b if kv_batch_idx is None else int(kv_batch_idx[b])]
+        if used == 1 or (rows is not None and rows[b] == 0):
+            continue  # no keys, or nobody who reads them
         first = 0 if leftpad_k is None else int(leftpad_k[b])
-        read = k[pages].flatten(0, 1)[first:used].float()
-        check(used == 1 or bool(read.isfinite().all()), "NaN is read")
+        read = k[page_table[b]].flatten(0, 1)[first:used].float()
+        check(bool(read.isfinite().all()), "NaN is read")
 
 
 def unwrite(
@@ -152,12 +155,14 @@ class Kernels3:
             kv_batch_idx=kv_batch_idx,
             leftpad_k=leftpad_k,
         )
-        check_pages(page_table, k, seqused_k, kv_batch_idx, leftpad_k)
+        check(page_table is None or kv_batch_idx is None, "rows of the table are selected before")
+        check_pages(page_table, k, seqused_k, cu_seqlens_q, seqused_q, leftpad_k)
         self.check_widths(q, k, v, q_v)
         for descale in (q_descale, k_descale, v_descale):
             fits = descale is None or descale.shape == (batch_size, k.shape[-2])
             check(fits and (descale is None or q.dtype.itemsize == 1), "descale must have shape")
         check(num_splits <= 256, "num_splits > 256 not supported")
+        check(softmax_scale > 0, "NaN: exp of what is above the greatest score")
         check((cu_seqlens_q is None) == (max_seqlen_q is None), "max_seqlen_q must be provided")
         check((cu_seqlens_k is None) or max_seqlen_k is not None, "max_seqlen_k must be provided")
         out, lse = reference.batched(
@@ -275,11 +280,12 @@ class Kernels4:
             seqused_q=seqused_q,
             seqused_k=seqused_k,
         )
-        check_pages(page_table, k, seqused_k)
+        check_pages(page_table, k, seqused_k, cu_seqlens_q, seqused_q)
         entries = k if page_table is None else page_table
         check(cu_seqlens_k is not None or len(entries) == batch_size, "batch_size")
         self.check_widths(q, k, v, paged=page_table is not None)
         check(num_splits == 1 and return_lse, "SplitKV not supported on SM 9.0")
+        check(softmax_scale > 0, "NaN: exp of what is above the greatest score")
         self.check_sides(window_size_left, window_size_right)
         out, lse = reference.batched(
             *(q, k, v),
@@ -308,8 +314,8 @@ class Kernels4:
         check(d % step == d_v % step == 0 and max(d, d_v) <= 256, "is not supported on SM90")
 
     def check_sides(self, left: int | None, right: int | None) -> None:
-        """A negative side alone would count as a number."""
-        check((left is None or left >= 0) and (right is None or right >= 0), "window_size")
+        """A negative side alone would count as a number; numbers have 32 bits."""
+        check(all(n is None or 0 <= n < 2**30 for n in (left, right)), "window_size")
 
     def window(self, left: int | None, right: int | None) -> tuple[int, int]:
         return -1 if left is None else left, -1 if right is None else right

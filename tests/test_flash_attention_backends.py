@@ -181,12 +181,14 @@ class TestRandomCalls:
     @examples(60)
     def test_cache(self, name: str, data: st.DataObject) -> None:
         call = plainer(data.draw(kvcache_calls(DTYPES, HEADDIMS, narrow=False)))
-        hide_pages(call)
+        if call["attention_chunk"] == 0:  # see docs/cuda.md
+            hide_pages(call)
         self.check(name, "cache", call)
 
 
 REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "alibi_slopes": ("34", "dense", {"alibi_slopes": torch.rand(4)}),
+    "softmax_scale that is not positive": ("34", "dense", {"softmax_scale": -0.2}),
     "dtype torch.float32": ("34", "dense", dense(dtype=torch.float32)),
     "dtype torch.float8_e4m3fn": ("4", "dense", dense(dtype=F8)),
     "headdim 20": ("34", "dense", dense(20, 20)),

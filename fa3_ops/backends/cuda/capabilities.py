@@ -108,6 +108,7 @@ def not_supported(call: Attention, can: Capabilities) -> list[str]:
     of_dense_cache = call.cache_batch_idx is not None and call.page_table is None
     packed_k_alone = call.cu_seqlens_k is not None and call.cu_seqlens_q is None
     misaligned = call.is_cache and not (is_aligned(call.k) and is_aligned(call.v))
+    assert call.softmax_scale is not None
     for name, given in (
         ("alibi_slopes", call.alibi_slopes is not None),
         ("window_size", call.is_local and not can.window_size),
@@ -116,6 +117,8 @@ def not_supported(call: Attention, can: Capabilities) -> list[str]:
         ("attention_chunk without a causal mask", chunked and call.window_size[1] != 0),
         ("attention_chunk with cache_start", chunked and call.cache_start is not None),
         ("softcap", call.softcap > 0 and not can.softcap),
+        # The greatest score is looked for before scores are scaled.
+        ("softmax_scale that is not positive", call.softmax_scale <= 0),
         ("page_table", call.page_table is not None and not can.page_table),
         ("lengths", has_lengths(call) and not can.lengths),
         ("cache_leftpad", call.cache_leftpad is not None and not can.cache_leftpad),

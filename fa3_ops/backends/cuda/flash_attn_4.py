@@ -19,6 +19,8 @@ from fa3_ops.backends.cuda.flash_attention import (
 
 DISTRIBUTION = "flash-attn-4"  # other releases of flash-attn have a module of the same name
 
+NO_LIMIT = 2**30  # more than a sequence has keys: positions have 32 bits
+
 
 @functools.cache
 def package() -> Package | str:
@@ -102,5 +104,5 @@ class FlashAttn4Gradient(FlashAttentionGradient):
 
 def sides(call: Attention) -> tuple[int | None, int | None]:
     """The window, where None is no limit; a causal mask is said by its own argument."""
-    left, right = (None if side < 0 else side for side in call.window_size)
+    left, right = (side if 0 <= side < NO_LIMIT else None for side in call.window_size)
     return (None, None) if call.causal else (left, right)

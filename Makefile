@@ -92,10 +92,10 @@ $(VENV)/build $(NPU_VENV)/build $(VLLM_ASCEND_VENV)/build $(BENCH_VENV)/build $(
 	@touch $@
 
 demo: $(VENV)/build
-	@$(BIN)/python examples/train_and_generate.py
+	@$(BIN)/python examples/train_and_generate.py $(ARGS)
 
 rl: $(TRANSFORMERS_VENV)/build
-	@$(TRANSFORMERS)/python examples/rl_consistency.py --picture build/rl_consistency.png
+	@$(TRANSFORMERS)/python examples/rl_consistency.py --picture build/rl_consistency.png $(ARGS)
 
 # An environment of its own: with torch_npu installed, a plain `import torch` loads it.
 $(NPU_VENV)/packages: requirements-npu.txt

@@ -1,6 +1,7 @@
 """RL on a small Qwen3 of transformers: do trainer and rollout give a token the same probability?
 
     python examples/rl_consistency.py
+    python examples/rl_consistency.py --device cuda
     python examples/rl_consistency.py --device npu      # bfloat16, a few iterations
 
 The model first learns to write text. Then, once with fa3_ops and once with PyTorch's attention and
@@ -59,7 +60,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--text", type=Path, help="file to learn from (default: Python's manual)")
-    parser.add_argument("--device", choices=("cpu", "npu"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda", "npu"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="repeatable")
     parser.add_argument("--steps", type=int, help="of learning to write (default: 300, on npu 10)")
     parser.add_argument("--iterations", type=int, help="of RL (default: 21, on npu 3)")

@@ -27,6 +27,7 @@ __all__ = ["BatchInvariantMode", "Linear", "convert", "linear"]
 
 _DTYPES = (*WIDE, torch.float64)
 _DEVICES = devices.names()
+_UNSTEADY = [name for name in _DEVICES if not devices.named(name).steady_sums]
 
 
 class Linear(nn.Linear):
@@ -111,6 +112,28 @@ def _widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+# ---- Means -------------------------------------------------------------------------------------
+# PyTorch on CUDA spreads the sum of a row over threads by the number of rows.
+
+
+def _mean(
+    input: Tensor,
+    dim: int | list[int] | tuple[int, ...] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Over the last dimension, as norms have it, a product with ones."""
+    if dim is None:
+        return torch.mean(input, dtype=dtype)
+    last = input.dim() - 1
+    if dim not in (-1, last, [-1], (-1,), [last], (last,)) or dtype not in (None, input.dtype):
+        return torch.mean(input, dim, keepdim, dtype=dtype)
+    total = linear(input, input.new_ones(1, input.shape[-1]))
+    mean = total / input.shape[-1]
+    return mean if keepdim else mean.squeeze(-1)
+
+
 _PRODUCTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.linear: _linear,
     torch.mm: _mm,
@@ -129,16 +152,18 @@ _ACTIVATIONS: dict[Callable[..., Any], Callable[..., Tensor]] = {
     F.silu: _silu,
     F.gelu: _gelu,
 }
+_MEANS: dict[Callable[..., Any], Callable[..., Tensor]] = {torch.mean: _mean, Tensor.mean: _mean}
 
 
 class BatchInvariantMode(TorchFunctionMode):
     """Inside, F.linear, mm, addmm, bmm and matmul by a matrix or a vector are fa3_ops.linear, also
     under autocast, in nn.Linear, and in a function that is compiled inside or with it inside; bmm
     is one product after another. On CPU, sigmoid, silu and gelu with approximate="tanh" are
-    computed so that their bits do not depend on an element's place.
+    computed so that their bits do not depend on an element's place. On CUDA, means over the last
+    dimension are fa3_ops.linear with ones.
 
     PyTorch's own are left: calls with `out`, of tensors that are no floating-point numbers of 16 to
-    64 bits or not on CPU or NPU, matmul of batches of matrices on the right side, einsum, and
+    64 bits or not on CPU, CUDA or NPU, matmul of batches of matrices on the right side, einsum, and
     products inside other operators. Gradients of F.linear and the others are fa3_ops.linear's.
     """
 
@@ -150,11 +175,13 @@ class BatchInvariantMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        route = _PRODUCTS.get(func) or _ACTIVATIONS.get(func)
+        route = _PRODUCTS.get(func) or _ACTIVATIONS.get(func) or _MEANS.get(func)
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         if route is None or "out" in kwargs or not all(map(_takes, given)):
             return func(*args, **kwargs)
         if func in _ACTIVATIONS and given[0].device.type not in ("cpu", "meta"):
+            return func(*args, **kwargs)
+        if func in _MEANS and given[0].device.type not in _UNSTEADY:
             return func(*args, **kwargs)
         return route(*args, **kwargs)
 

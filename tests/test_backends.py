@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from fa3_ops.meta_kernels import FAKES
 from hypothesis import given
 from hypothesis import strategies as st
 from launches import launches
@@ -34,6 +35,7 @@ from fa3_ops.backends import (
     Attention,
     Backend,
     Gradient,
+    Plan,
     Run,
     add_backend,
     choice,
@@ -42,6 +44,7 @@ from fa3_ops.backends import (
     remove_backend,
 )
 from fa3_ops.backends.lowering.lengths import Lengths
+from fa3_ops.backends.torch_ops import TorchPlan
 
 ops = torch.ops.fa3npu
 
@@ -166,7 +169,7 @@ class TestFromOutside:
         assert out._version > version
 
     def test_a_device_that_is_none_is_an_error(self) -> None:
-        with pytest.raises(ValueError, match="device must be one of cpu, npu, got cup"):
+        with pytest.raises(ValueError, match="device must be one of cpu, cuda, npu, got cup"):
             add_backend("cup", Attention, Toy())
 
     def test_float8(self) -> None:
@@ -299,6 +302,14 @@ class TestTorch:
         want, want_lse = truth(**call)
         assert_exact(out, want, call["q"].dtype)
         assert_lse(lse, want_lse)
+
+    def test_a_plan_that_nothing_reads(self) -> None:
+        seqlens = torch.tensor([[5, 9], [7, 9]], dtype=torch.int32)[:, 0]
+        arguments = (2, 1, 64, 4, 2, 16, seqlens)
+        with added(TorchPlan(), Plan), fa3_ops.use_backend("torch"):
+            made = fa3_ops.get_scheduler_metadata(*arguments)
+        assert torch.equal(made, torch.zeros(2, dtype=torch.int32))
+        assert made.stride() == FAKES["get_scheduler_metadata"](*arguments, torch.half).stride()
 
 
 class Fickle(Backend[Any]):

@@ -68,6 +68,34 @@ def fresh() -> Iterator[None]:
 
 class TestMode:
     @every_dtype
+    @pytest.mark.parametrize("keepdim", [False, True])
+    def test_means_where_sums_are_not_steady(
+        self, dtype: torch.dtype, keepdim: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(fa3_ops.batch_invariant, "_UNSTEADY", ["cpu"])
+        x = rand(20, 3, DEPTH, dtype=dtype).requires_grad_()
+        with FlopCounterMode(display=False) as flops, BatchInvariantMode():
+            mean = x.mean(-1, keepdim=keepdim)
+            named = torch.mean(input=x, dim=[2], keepdim=keepdim)
+            assert torch.equal(mean[4:5], x[4:5].mean(-1, keepdim))
+            others = x.mean(), x.mean(1), x.mean((1, 2)), x.mean(-1, dtype=torch.float64)
+        assert flops.get_total_flops() == 2 * 3 * (20 + 20 + 1) * DEPTH
+        assert torch.equal(mean, named)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(mean, x.mean(-1, keepdim=keepdim), rtol=4 * eps, atol=4 * eps)
+        mean.sum().backward()
+        assert x.grad is not None
+        torch.testing.assert_close(x.grad, torch.full_like(x, 1 / DEPTH))
+        expected = x.mean(), x.mean(1), x.mean((1, 2)), x.mean(-1, dtype=torch.float64)
+        assert all(map(torch.equal, others, expected))
+
+    def test_means_on_cpu_are_pytorchs(self) -> None:
+        x = rand(20, DEPTH)
+        with FlopCounterMode(display=False) as flops, BatchInvariantMode():
+            assert torch.equal(x.mean(-1), torch.mean(x.detach(), -1))
+        assert flops.get_total_flops() == 0
+
+    @every_dtype
     @pytest.mark.parametrize("name", PRODUCTS)
     def test_products(self, name: str, dtype: torch.dtype) -> None:
         product = PRODUCTS[name]

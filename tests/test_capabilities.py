@@ -1,4 +1,4 @@
-"""docs/npu.md's table of what each build of a kernel computes is what the data says."""
+"""The documents' tables of what each build of a kernel computes are what the data says."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
+from fa3_ops.backends.cuda import capabilities as cuda_data
 from fa3_ops.backends.npu import capabilities as data
 from fa3_ops.backends.npu.capabilities import Capabilities
 from fa3_ops.backends.npu.flash_attn_npu import FlashAttnNpu
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "npu.md"
+DOCUMENTS = Path(__file__).parents[1] / "docs"
 BUILDS = (data.ASCEND_910_BEFORE_0_3, data.ASCEND_910_0_3, data.ASCEND_910, data.ASCEND_950)
-SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+SHORT = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float8_e4m3fn: "e4m3"}
 
 
 def numbers(values: Collection[int]) -> str:
@@ -63,8 +64,45 @@ def of_fused() -> dict[str, str]:
     }
 
 
-def table_below(line: str) -> list[list[str]]:
-    text = DOCUMENT.read_text()
+def pairs(headdims: cuda_data.HeadDims) -> str:
+    """(range of headdim, range of headdim_v), of which some have one number."""
+    beside = [
+        " beside ".join(numbers(r) if len(r) > 1 else str(r[0]) for r in (of_v, of_k))
+        for of_k, of_v in headdims
+    ]
+    return "; ".join(beside) or "no"
+
+
+def of_hopper(can: cuda_data.Capabilities) -> dict[str, str]:
+    """The column of a build of FlashAttention-3 or FlashAttention-4."""
+    step = can.paged_step
+    return {
+        "dtypes": dtypes(can.dtypes),
+        "head dims": numbers(can.headdims),
+        "other `headdim_v`": pairs(can.unequal_headdims),
+        "other `headdim_v` in FP8": pairs(can.unequal_headdims_fp8),
+        "`headdim_v` of qv": pairs(can.qv_headdims),
+        "`page_table`": f"head dims by {step}" if step > 1 else yes(can.page_table),
+        "`window_size`": yes(can.window_size),
+        "`attention_chunk`": "causal" if can.attention_chunk else "no",
+        "`softcap`": yes(can.softcap),
+        "`cache_leftpad`": yes(can.cache_leftpad),
+        "`cache_batch_idx` of a dense cache": yes(can.cache_batch_idx),
+        "sinks": "in the kernel" if can.sinks else "rescale the result",
+        "splits, at most": str(can.max_num_splits),
+        "backward": yes(can.backward),
+        "deterministic backward to head dim": str(can.max_deterministic_headdim)
+        if can.backward
+        else "no",
+        "GQA whose `headdim_v` differs, in the backward": yes(
+            can.backward and can.grouped_unequal_backward
+        ),
+        "gradient of `softmax_lse`": yes(can.dsoftmax_lse),
+    }
+
+
+def table_below(line: str, document: str = "npu.md") -> list[list[str]]:
+    text = (DOCUMENTS / document).read_text()
     lines = text[text.index(line) :].split("\n\n")[0].splitlines()
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in lines]
 
@@ -76,6 +114,14 @@ def test_the_table_is_what_the_data_says() -> None:
         assert {row[0]: row[column] for row in rows} == of_build(build)
     fused = {row[0]: row[5] for row in rows}
     assert {name: fused[name] for name in of_fused()} == of_fused()
+
+
+def test_the_table_of_flash_attention_is_what_the_data_says() -> None:
+    builds = (cuda_data.FLASH_ATTN_3, cuda_data.FA3_FWD, cuda_data.FLASH_ATTN_4)
+    names, _, *rows = table_below("| | flash_attn_3 |", "cuda.md")
+    assert names[1:] == [build.name for build in builds]
+    for column, build in enumerate(builds, 1):
+        assert {row[0]: row[column] for row in rows} == of_hopper(build)
 
 
 def test_the_table_of_releases_is_what_the_data_says() -> None:

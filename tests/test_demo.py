@@ -62,6 +62,19 @@ def test_any_text_dtype_and_prompts(
     assert "eager = compiled = recomputed: yes" in capsys.readouterr().out
 
 
+def test_is_compared_with_the_cpu(demo: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model = demo.GPT(demo.Config()).eval()
+    prompts = [torch.tensor(list(text)) for text in (b"abc", b"de")]
+    noise = torch.zeros(2, 5, demo.Config().vocab_size)
+    eager = demo.generate(model, demo.decoding(model), prompts, noise)
+    assert demo.same_as_cpu(model, prompts, eager, noise)
+    assert "same tokens as on cpu: yes (10 tokens); logits of" in capsys.readouterr().out
+    eager.tokens[1, 4] += 1
+    assert not demo.same_as_cpu(model, prompts, eager, noise)
+    assert "same tokens as on cpu: NO" in capsys.readouterr().out
+
+
 def test_notices_another_rotary(
     demo: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

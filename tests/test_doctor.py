@@ -7,7 +7,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +15,9 @@ import torch
 
 import fa3_ops
 from fa3_ops import __main__
+from fa3_ops.backends.cuda import flash_attn_3, flash_attn_4
+from fa3_ops.backends.cuda.capabilities import FA3_FWD
+from fa3_ops.backends.cuda.flash_attention import Package
 from fa3_ops.backends.npu import device as npu_device
 from fa3_ops.backends.npu.device import Kernel
 from fa3_ops.testing import SampleCall, sample_calls
@@ -30,8 +33,9 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture(autouse=True)
 def no_npu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test starts on a machine without NPU, with few samples and a short contract."""
+    """Every test starts on a machine without NPU or GPU, with few samples and a short contract."""
     monkeypatch.setattr(machine, "import_torch_npu", lambda: "torch_npu is not installed")
+    monkeypatch.setattr(machine, "no_gpu", lambda: "torch is built without CUDA")
     monkeypatch.setattr(machine.importlib.util, "find_spec", lambda name: None)
     shorten(monkeypatch)
 
@@ -66,12 +70,14 @@ def test_report_on_cpu(golden: Path, capsys: pytest.CaptureFixture[str]) -> None
         "## Driver and CANN",
         "## Environment",
         "## NPU",
+        "## CUDA",
         "## Results on cpu",
         "## Bitwise contract on cpu",
         "## Registration on cpu",
     ]
     assert f"- torch: {torch.__version__}" in lines
     assert "- no NPU here: torch_npu is not installed" in lines
+    assert "- no CUDA here: torch is built without CUDA" in lines
     assert "- fa2_alibi.safetensors: 4 of 4 right, served by cpu (4)" in lines
     assert "- built-in, float16: 13 of 13 right, served by cpu (13)" in lines
     assert any(line.startswith("- gradients, bfloat16: right (") for line in lines)
@@ -159,6 +165,12 @@ def test_other_device_than_there_is(golden: Path, capsys: pytest.CaptureFixture[
     assert "- fa2_alibi.safetensors: 0 of 4 right, served by no backend (4)" in lines
     assert lines[-1].startswith("**Verdict: ")
     assert "failed on npu: NPU, " in lines[-1]
+
+
+def test_no_gpu_where_one_is_named(golden: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, lines = report_of(golden, capsys, "--device", "cuda")
+    assert status == 1
+    assert "failed on cuda: CUDA, " in lines[-1]
 
 
 def test_without_recorded_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -271,6 +283,31 @@ def test_flash_attn_npu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.failures == ["flash_attn_npu"]
 
 
+def test_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(tmp_path / "nvidia-smi", "echo 580.1; echo 580.1")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    found = SimpleNamespace(name="H100", major=9, minor=0, multi_processor_count=132)
+    found.total_memory = 80 * 2**30
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+    package = Package("0.0.3", None, FA3_FWD)
+    monkeypatch.setattr(flash_attn_3, "package", lambda: package)
+    monkeypatch.setattr(flash_attn_4, "package", lambda: "flash-attn-4 is not installed")
+    report = Report()
+    machine.cuda(report)
+    assert not report.failures
+    assert report.lines[1:] == [
+        "- driver: 580.1",
+        "- cuda:0: H100, compute capability 9.0, 132 processors, 80 GiB",
+        "- backend flash_attn_3: fa3_fwd 0.0.3",
+        "- backend flash_attn_4: flash-attn-4 is not installed",
+    ]
+    monkeypatch.setattr(info, "version", lambda name: "4.0")
+    monkeypatch.setattr(flash_attn_4, "package", lambda: "flash-attn-4 does not load: no driver")
+    machine.cuda(report)
+    assert report.failures == ["backend flash_attn_4"]
+
+
 @pytest.mark.parametrize(
     ("source", "why"),
     [
@@ -299,6 +336,7 @@ def test_torch_npu_that_does_not_import(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.undo()
+    monkeypatch.setattr(machine, "no_gpu", lambda: "torch is built without CUDA")
     shorten(monkeypatch)
     (tmp_path / "torch_npu.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)

@@ -30,7 +30,7 @@ def test_report() -> None:
     assert rows["fa3_ops"] == fa3_ops.__version__
     # "cpu" is a device and a backend; the backend comes last
     assert rows["cpu"].startswith("available, instruction set ")
-    assert rows["triton"].startswith("not available")
+    assert rows["cuda"].startswith("" if torch.cuda.is_available() else "not available: torch ")
 
 
 def test_report_does_not_import_torch_npu(tmp_path: Path) -> None:
@@ -59,6 +59,19 @@ def test_what_an_npu_has(monkeypatch: pytest.MonkeyPatch, found: Any, said: str)
     device.is_available = lambda: True
     monkeypatch.setattr(npu_device, "kernel", lambda: found)
     assert said in info.npu()
+
+
+def test_what_a_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert info.cuda() == "not available: torch is built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert info.cuda() == "not available: torch finds no device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert info.cuda() == "available: torch (triton is not installed)"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert info.cuda().startswith("available: triton, torch; ")
 
 
 def test_without_torch_npu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ class Device:
     # The dispatch key of its tensors where its kernels are Python; None: they are compiled, and
     # Python is asked only while somebody chooses.
     key: str | None = None
+    steady_sums: bool = True  # torch's own: a row's has the same bits in any number of rows
     append_rotates: bool = True  # kvcache_append_ rotates k; else apply_rotary does so before it
     # Whether the current stream records a graph, so that no host may wait for the device.
     capturing: Callable[[torch.device], bool] = _no_capture

@@ -104,8 +104,8 @@ def _choosing_kernel(op: Any) -> Callable[..., Any]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Serves the calls inside with the backend of this name ("flash_attn_npu",
-    "fused_infer_attention", "cpu", "torch"), or raises: NotImplementedError with the reasons why it
+    """Serves the calls inside with the backend of this name (such as "flash_attn_npu",
+    "flash_attn_3", "cpu", "torch"), or raises: NotImplementedError with the reasons why it
     cannot, ValueError where the device of a call has none of that name. Operators that no backend
     of this name is for are chosen as usual, but a gradient of an attention that one is for. The
     environment variable FA3NPU_BACKEND, set before fa3_ops is imported, does the same for a whole

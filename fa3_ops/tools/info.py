@@ -22,7 +22,7 @@ def version(distribution: str) -> str:
 
 
 def versions() -> list[Row]:
-    names = ("torch_npu", "triton", "flash_attn_npu")
+    names = ("torch_npu", "flash_attn_npu", "triton", "flash_attn_3", "fa3_fwd", "flash-attn-4")
     return [
         ("fa3_ops", version("fa3_ops")),
         ("python", platform.python_version()),
@@ -67,10 +67,20 @@ def npu() -> str:
     return f"available: flash_attn_npu {numbers}, fused_infer_attention, torch"
 
 
+def cuda() -> str:
+    """FlashAttention's packages are named by their versions: importing one may take seconds."""
+    if torch.version.cuda is None:
+        return "not available: torch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "not available: torch finds no device"
+    if importlib.util.find_spec("triton") is None:
+        return "available: torch (triton is not installed)"
+    return "available: triton, torch; where installed and asked for, flash_attn_3, flash_attn_4"
+
+
 def backends() -> list[Row]:
-    """Every backend of the design, and why one that is not there is not."""
-    missing = "not available: this version of fa3_ops has no Triton kernels yet"
-    return [("cpu", cpu()), ("npu", npu()), ("triton", missing)]
+    """Every device's, and why one that is not there is not."""
+    return [("cpu", cpu()), ("npu", npu()), ("cuda", cuda())]
 
 
 def report() -> str:

@@ -18,6 +18,8 @@ from fa3_ops.backends.call import (
     Rotation,
     Scatter,
 )
+from fa3_ops.backends.cuda.flash_attn_3 import FlashAttn3, FlashAttn3Gradient
+from fa3_ops.backends.cuda.flash_attn_4 import FlashAttn4, FlashAttn4Gradient
 from fa3_ops.backends.cuda.prefill import CudaAttention
 from fa3_ops.backends.devices import Device
 
@@ -31,10 +33,17 @@ def capturing(at: torch.device) -> bool:
 CUDA = Device(
     "cuda",
     key="CUDA",
+    steady_sums=False,
     capturing=capturing,
     backends={
-        Attention: [CudaAttention(), torch_ops.TorchAttention()],
-        Gradient: [triton.TritonGradient(), torch_ops.TorchGradient()],
+        # FlashAttention's own kernels keep no bitwise contract: they serve who asks for them.
+        Attention: [CudaAttention(), torch_ops.TorchAttention(), FlashAttn3(), FlashAttn4()],
+        Gradient: [
+            triton.TritonGradient(),
+            torch_ops.TorchGradient(),
+            FlashAttn3Gradient(),
+            FlashAttn4Gradient(),
+        ],
         Append: [triton.TritonWrites(), torch_ops.TorchWrites()],
         Scatter: [triton.TritonWrites(), torch_ops.TorchWrites()],
         Linear: [triton.TritonLinear(), torch_ops.TorchLinear()],

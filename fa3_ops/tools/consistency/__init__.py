@@ -11,7 +11,7 @@ import argparse
 
 import torch
 
-from fa3_ops.tools.consistency import model
+from fa3_ops.tools.consistency import model, peers
 from fa3_ops.tools.consistency.case import DTYPES, settings
 from fa3_ops.tools.consistency.outcome import check
 
@@ -20,9 +20,9 @@ __all__ = ["add_arguments", "check", "main", "settings"]
 
 def best_device() -> str:
     """The accelerator that is there, or the CPU."""
-    npu = getattr(torch, "npu", None)
-    if npu is not None and npu.is_available():
-        return "npu"
+    for name in ("npu", "cuda"):
+        if hasattr(torch, name) and getattr(torch, name).is_available():
+            return name
     return "cpu"
 
 
@@ -47,4 +47,6 @@ def main(arguments: argparse.Namespace) -> int:
     print(results.table())
     print()
     print(results.summary())
+    if peers.is_there(device):
+        print(f"\n{peers.figures(device)}")
     return int(results.failed)

@@ -13,7 +13,7 @@ from fa3_ops.tools.consistency.case import Case, Setting
 from fa3_ops.tools.consistency.comparisons import COMPARISONS, Comparison
 
 # The backends that promise the contract. The others are measured all the same.
-PROMISED = ("cpu", "flash_attn_npu", "batch_invariant_ops")
+PROMISED = ("cpu", "triton", "flash_attn_npu", "batch_invariant_ops")
 
 
 @dataclass

@@ -25,8 +25,8 @@ GOLDEN = Path(__file__).parents[3] / "tests" / "golden"  # in a checkout
 
 def examine(device: str | None, golden: Path) -> Report:
     report = Report(["# fa3_ops doctor"])
-    missing = machine.import_torch_npu()
-    device = device or ("cpu" if missing else "npu")
+    no_npu, no_gpu = machine.import_torch_npu(), machine.no_gpu()
+    device = device or ("npu" if no_npu is None else "cuda" if no_gpu is None else "cpu")
     for title, check in (
         ("Versions", machine.versions),
         ("Driver and CANN", machine.driver),
@@ -34,13 +34,18 @@ def examine(device: str | None, golden: Path) -> Report:
     ):
         report.section(title)
         report.attempt(title, check, report)
-    report.section("NPU")
-    if missing:
-        report.say("no NPU here", missing)
-        if device == "npu" or importlib.util.find_spec("torch_npu") is not None:
-            report.failures.append("NPU")
-    else:
-        machine.npu(report)
+    wanted = {device, "npu"} if importlib.util.find_spec("torch_npu") else {device}
+    for title, name, missing, examine_it in (
+        ("NPU", "npu", no_npu, machine.npu),
+        ("CUDA", "cuda", no_gpu, machine.cuda),
+    ):
+        report.section(title)
+        if missing is None:
+            examine_it(report)
+            continue
+        report.say(f"no {title} here", missing)
+        if name in wanted:
+            report.failures.append(title)
     served = compute(report, device, golden)
     report.lines += ["", verdict(report, device, served)]
     return report
@@ -75,7 +80,7 @@ def verdict(report: Report, device: str, served: Counter[str]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cpu", "npu"), default=None)
+    parser.add_argument("--device", choices=("cpu", "npu", "cuda"), default=None)
     parser.add_argument(
         "--golden", type=Path, default=GOLDEN, help="folder of recorded calls (tests/golden)"
     )

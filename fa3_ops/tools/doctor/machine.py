@@ -10,18 +10,24 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 import fa3_ops
+from fa3_ops.backends.cuda import flash_attn_3, flash_attn_4
+from fa3_ops.backends.cuda.flash_attention import Package
 from fa3_ops.backends.npu import device as npu_device
 from fa3_ops.backends.npu.capabilities import capabilities
 from fa3_ops.tools import info
 from fa3_ops.tools.doctor.report import Report, one_line
 
 DRIVER = Path("/usr/local/Ascend/driver/version.info")
-PACKAGES = ("torch_npu", "flash_attn_npu", "triton-ascend", "triton", "vllm", "vllm-ascend")
+PACKAGES = (
+    *("torch_npu", "flash_attn_npu", "triton-ascend", "triton"),
+    *("flash_attn_3", "fa3_fwd", "flash-attn-4", "nvidia-cutlass-dsl", "vllm", "vllm-ascend"),
+)
 VARIABLES = (
     "ASCEND_LAUNCH_BLOCKING",
     "TASK_QUEUE_ENABLE",
@@ -30,6 +36,9 @@ VARIABLES = (
     "ASCEND_RT_VISIBLE_DEVICES",
     "PYTORCH_NPU_ALLOC_CONF",
     "TORCH_DEVICE_BACKEND_AUTOLOAD",
+    "CUDA_VISIBLE_DEVICES",
+    "CUDA_LAUNCH_BLOCKING",
+    "PYTORCH_CUDA_ALLOC_CONF",
 )
 
 
@@ -152,6 +161,50 @@ def flash_attn_npu() -> str:
         return found
     version = ".".join(map(str, found.version))
     return f"{version}, module {found.module.__name__}, table: {capabilities(found).name}"
+
+
+def no_gpu() -> str | None:
+    """Why there is no GPU for torch; None if there is one."""
+    if torch.version.cuda is None:
+        return "torch is built without CUDA"
+    return None if torch.cuda.is_available() else "torch finds no device"
+
+
+def cuda(report: Report) -> None:
+    report.say("CUDA of torch", torch.version.cuda)
+    report.attempt("driver", cuda_driver)
+    for i in range(torch.cuda.device_count()):
+        report.attempt(f"cuda:{i}", gpu, i)
+    for backend, package, distributions in (
+        ("flash_attn_3", flash_attn_3.package, ("flash_attn_3", "fa3_fwd")),
+        ("flash_attn_4", flash_attn_4.package, ("flash-attn-4",)),
+    ):
+        report.attempt(f"backend {backend}", flash_attention, package, distributions)
+
+
+def cuda_driver() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "nvidia-smi is not on PATH"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    printed = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+    return ", ".join(dict.fromkeys(printed.split()))
+
+
+def gpu(index: int) -> str:
+    found = torch.cuda.get_device_properties(index)
+    return (
+        f"{found.name}, compute capability {found.major}.{found.minor}, "
+        f"{found.multi_processor_count} processors, {found.total_memory / 2**30:.0f} GiB"
+    )
+
+
+def flash_attention(package: Callable[[], Package | str], distributions: Sequence[str]) -> str:
+    found = package()
+    if isinstance(found, Package):
+        return f"{found.can.name} {found.version}"
+    if any(info.version(name) != "not installed" for name in distributions):
+        raise RuntimeError(one_line(found))
+    return found
 
 
 def environment(report: Report) -> None:

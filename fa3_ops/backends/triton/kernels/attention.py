@@ -222,7 +222,7 @@ def attend_block(
     if MASKED:
         seen = (position >= begin[:, None]) & (position < stop[:, None])
         scores = tl.where(seen, scores, float("-inf"))
-    p, m, total, alpha = weights(scores, m, total, c, COMPUTE == tl.float32)
+    p, m, total, alpha = weights(scores, m, total, c, tl.float32 == COMPUTE)
     if qv is None:
         values = load_keys(
             v, v_described, pages, block, shift, entry, head_k, low, high, v_row, v_page,

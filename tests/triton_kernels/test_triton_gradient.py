@@ -106,7 +106,7 @@ class TestBits:
         problem = Problem.random((70, 70), torch.float16, headdims=(d, dv))
         want = problem.gradients(causal=True)
         used = []
-        monkeypatch.setattr(gradient, "copies_blocks", lambda device: True)
+        monkeypatch.setattr(gradient, "has_descriptors", lambda device: True)
         monkeypatch.setattr(gradient, "described", lambda *x: used.append(x) or described(*x))
         got = problem.gradients(causal=True)
         assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))

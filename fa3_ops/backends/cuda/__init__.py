@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fa3_ops.backends import torch_ops
+from fa3_ops.backends import torch_ops, triton
 from fa3_ops.backends.call import (
     Append,
     Attention,

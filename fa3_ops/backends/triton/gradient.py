@@ -11,7 +11,7 @@ from torch import Tensor
 from fa3_ops.backends.backend import Backend, Run
 from fa3_ops.backends.call import Attention, Gradient
 from fa3_ops.backends.triton.attention import described
-from fa3_ops.backends.triton.device import copies_blocks, missing, programs, reasons_against
+from fa3_ops.backends.triton.device import has_descriptors, missing, programs, reasons_against
 from fa3_ops.backends.triton.launch import launch
 from fa3_ops.backends.triton.schedule import parts_of, power_of_two
 
@@ -119,7 +119,7 @@ def sees_everything(call: Attention) -> bool:
 def is_describable(x: Tensor) -> bool:
     strides = (n * x.element_size() for n in x.stride()[:-1])
     return (
-        copies_blocks(x.device)
+        has_descriptors(x.device)
         and x.element_size() == 2
         and x.data_ptr() % 16 == 0
         and all(n > 0 and n % 16 == 0 for n in strides)

@@ -44,7 +44,6 @@ from fa3_ops.backends import (
     remove_backend,
 )
 from fa3_ops.backends.lowering.lengths import Lengths
-from fa3_ops.backends.torch_ops import TorchPlan
 
 ops = torch.ops.fa3npu
 
@@ -302,14 +301,6 @@ class TestTorch:
         want, want_lse = truth(**call)
         assert_exact(out, want, call["q"].dtype)
         assert_lse(lse, want_lse)
-
-    def test_a_plan_that_nothing_reads(self) -> None:
-        seqlens = torch.tensor([[5, 9], [7, 9]], dtype=torch.int32)[:, 0]
-        arguments = (2, 1, 64, 4, 2, 16, seqlens)
-        with added(TorchPlan(), Plan), fa3_ops.use_backend("torch"):
-            made = fa3_ops.get_scheduler_metadata(*arguments)
-        assert torch.equal(made, torch.zeros(2, dtype=torch.int32))
-        assert made.stride() == FAKES["get_scheduler_metadata"](*arguments, torch.half).stride()
 
 
 class Fickle(Backend[Any]):

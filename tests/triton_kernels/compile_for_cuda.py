@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 import fa3_ops
 from fa3_ops import backends
 from fa3_ops.backends import triton
+from fa3_ops.backends.triton import gradient
 from fa3_ops.testing import sample_calls
 from fa3_ops.testing.samples import rand, rotary
 
@@ -25,12 +26,14 @@ ops = torch.ops.fa3npu
 SERVED = {
     backends.Append: triton.TritonWrites(),
     backends.Combination: triton.TritonCombination(),
+    backends.Gradient: triton.TritonGradient(),
     backends.Linear: triton.TritonLinear(),
     backends.Rotation: triton.TritonRotation(),
     backends.Scatter: triton.TritonWrites(),
 }
 OPERATORS = (
     *("kvcache_append_", "kvcache_scatter_", "linear", "apply_rotary", "flash_attn_combine"),
+    *("flash_attn_func_backward", "flash_attn_varlen_func_backward"),
 )
 
 
@@ -69,6 +72,8 @@ def lengths() -> None:
     (cos, sin), weight = rotary(64, 16), rand(32, 64).half()
     for tokens in (16, 1, 2, 3, 5, 8, 13):
         x = rand(tokens, 2, 64).half()
+        dense, lse = x[None], rand(1, 2, tokens)
+        ops.flash_attn_func_backward(dense, dense, dense, dense, dense, lse, causal=True)
         caches = torch.zeros(2, tokens + 3, 16, 2, 64, dtype=torch.half)
         cu_seqlens = torch.tensor([0, 0, tokens], dtype=torch.int32)
         fa3_ops.kvcache_scatter_(x, x, *caches, torch.arange(tokens))
@@ -79,6 +84,7 @@ def lengths() -> None:
 
 if __name__ == "__main__":
     driver.set_active(H100())
+    gradient.has_descriptors = lambda device: True
     JITFunction.run = only_compile
     for kind, backend in SERVED.items():
         backends.add_backend("cpu", kind, backend)

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("compile_for_cuda.py")
-KERNELS = ["apply_rotary", "cache_writes", "flash_attn_combine", "linear"]
+KERNELS = [
+    *("apply_rotary", "cache_writes", "flash_attn_combine"),
+    *("gradients_of_keys", "gradients_of_rows", "linear", "row_terms"),
+]
 
 
 def compiled(what: str, cache: Path) -> list[str]:

@@ -26,8 +26,8 @@ from fa3_ops.backends.triton import gradient
 from fa3_ops.backends.triton.attention import described
 
 ops = torch.ops.fa3npu
-DTYPES = (torch.float32, torch.float16)  # bfloat16 is wrong in Triton's interpreter
-of_both = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+of_all = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def few_heads(call: dict[str, Any]) -> bool:
@@ -48,7 +48,7 @@ class TestNumbers:
         call.pop("qv", None)
         check_gradients(varlen, call)
 
-    @of_both
+    @of_all
     @pytest.mark.parametrize(("d", "dv"), [(1, 512), (512, 16), (192, 128), (72, 80)])
     def test_head_dims(self, d: int, dv: int, dtype: torch.dtype) -> None:
         q, k, v = rand(1, 20, 2, d), rand(1, 40, 1, d), rand(1, 40, 1, dv)
@@ -86,11 +86,11 @@ class TestBits:
         lengths = (33, 70), (70, 75), (5, 140)
         assert_same_when_packed([Problem.random(pair, dtype) for pair in lengths], **masks)
 
-    @of_both
+    @of_all
     def test_in_a_batch(self, dtype: torch.dtype) -> None:
         assert_same_in_a_batch(Problem.random((70, 75), dtype), causal=True)
 
-    @of_both
+    @of_all
     def test_one_key_has_no_gradient_through_the_softmax(self, dtype: torch.dtype) -> None:
         q, k, v = (rand(2, n, 3, 72, dtype=dtype, grad=True) for n in (5, 1, 1))
         out, _ = ops.flash_attn_func(q, k, v)
@@ -119,7 +119,7 @@ class TestUnseen:
         problem = Problem.random((seqlen_q, seqlen_k), torch.float16)
         assert_unseen_is_not_read(problem, **masks)
 
-    @of_both
+    @of_all
     def test_a_sink_of_infinity_leaves_no_weights(self, dtype: torch.dtype) -> None:
         problem = Problem.random((9, 9), dtype)
         dq, dk, _ = problem.gradients(sinks=torch.tensor([math.inf, 0.5]))

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from fa3_ops.meta_kernels import FAKES
 from hypothesis import given
 from hypothesis import strategies as st
 from launches import launches

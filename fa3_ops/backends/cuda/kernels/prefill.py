@@ -1,4 +1,4 @@
-"""Prefill on Hopper: the sums of triton/kernels/attention.py in the same order, hence the same bits.
+"""Prefill on Hopper: the sums of triton/kernels/attention.py in the same order, so the same bits.
 
 One warp copies q, k and v by descriptors; two warpgroups take 64 rows of a tile each. A block's
 product of q and k runs while the product of weights and v of the block before does.
@@ -57,13 +57,14 @@ def tile_of(
         full = gl.minimum(keys, keys - rows + token + 1)
     high = gl.where(token < rows, high, 0)
     blocks = gl.maximum(high + BLOCK_N - 1, 0) // BLOCK_N
-    return pair % nheads_k, b, token, q_begin, rows, k_begin, keys, blocks, gl.maximum(full, 0) // BLOCK_N
+    full = gl.maximum(full, 0) // BLOCK_N
+    return pair % nheads_k, b, token, q_begin, rows, k_begin, keys, blocks, full
 
 
 @gluon.jit
 def weights(scores, m, total, c, S: gl.constexpr):
     greatest = gl.maximum(m, gl.max(scores, 1))
-    zero = gl.full(scores.shape, 0.0, gl.float32, layout=S)
+    zero = gl.full(scores.shape, 0.0, gl.float32, layout=SCORES)
     p = gl.exp2(gl.fma(scores, zero + c, (-greatest * c)[:, None] + zero))
     alpha = gl.exp2((m - greatest) * c)
     units = (p + 2.0).to(gl.int32, bitcast=True) - BITS_OF_2
@@ -76,9 +77,10 @@ def merge(m, total, acc, m_next, total_next, acc_next, c, O: gl.constexpr):
     greatest = gl.maximum(m, m_next)
     a = gl.exp2((m - greatest) * c)
     b = gl.exp2((m_next - greatest) * c)
-    zero = gl.full(acc.shape, 0.0, gl.float32, layout=O)
-    of_rows: gl.constexpr = gl.SliceLayout(1, O)
-    acc = gl.fma(acc, gl.convert_layout(a, of_rows)[:, None] + zero, acc_next * gl.convert_layout(b, of_rows)[:, None])
+    zero = gl.full(acc.shape, 0.0, gl.float32, layout=SUMS)
+    of_rows: gl.constexpr = gl.SliceLayout(1, SUMS)
+    of_acc = gl.convert_layout(a, of_rows)[:, None] + zero
+    acc = gl.fma(acc, of_acc, acc_next * gl.convert_layout(b, of_rows)[:, None])
     return greatest, gl.fma(total, a, total_next * b), acc
 
 
@@ -90,7 +92,7 @@ def as_matrix(buffer, BLOCK_N: gl.constexpr, DIM: gl.constexpr):
 
 @gluon.jit
 def scores_of(q, k_buffer, BLOCK_N: gl.constexpr, DIM: gl.constexpr, S: gl.constexpr):
-    zero = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, layout=S)
+    zero = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, layout=SCORES)
     keys = as_matrix(k_buffer, BLOCK_N, DIM).permute((1, 0))
     return warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
 
@@ -106,6 +108,16 @@ def clear_behind(v_buffer, first, BLOCK_N: gl.constexpr, DIM: gl.constexpr):
     fence_async_shared()
 
 
+@gluon.constexpr_function
+def sums_layout(dim):
+    """Of acc in shared memory: a thread's numbers 4 by 4 beside its neighbours', as registers hold
+    them, so that no two threads of a warp want one bank."""
+    vector, lanes = [(0, 1), (8, 0)], [(0, 2), (0, 4), (1, 0), (2, 0), (4, 0)]
+    columns = [(0, 1 << bit) for bit in range(3, dim.bit_length() - 1)]
+    bases = [*vector, *lanes, *columns, (16, 0), (32, 0)]
+    return gl.SharedLinearLayout([list(base) for base in bases])
+
+
 @gluon.jit
 def step(
     j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
@@ -116,7 +128,7 @@ def step(
     """Scores and weights of block j, and the values of the block before it."""
     stage = (at + j) % STAGES
     mbarrier.wait(k_full.index(stage), ((at + j) // STAGES) & 1)
-    pending_scores = scores_of(q, k_buffers.index(stage), BLOCK_N, DIM, S)
+    pending_scores = scores_of(q, k_buffers.index(stage), BLOCK_N, DIM, SCORES)
     before = (at + j - 1) % STAGES
     mbarrier.wait(v_full.index(before), ((at + j - 1) // STAGES) & 1)
     values = as_matrix(v_buffers.index(before), BLOCK_N, DIM)
@@ -124,25 +136,25 @@ def step(
     scores = warpgroup_mma_wait(1, deps=[pending_scores])
     mbarrier.arrive(k_empty.index(stage), count=1)
     if MASKED:
-        key = j * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S))
+        key = j * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
         scores = gl.where(key[None, :] <= last_seen[:, None], scores, float("-inf"))
     if NEW_CHUNK:
         m_before = m
         total_before = total
-        m = gl.full([ROWS], NONE, gl.float32, layout=gl.SliceLayout(1, S))
-        total = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, S))
-    weight, m, total, alpha = weights(scores, m, total, c, S)
+        m = gl.full([ROWS], NONE, gl.float32, layout=gl.SliceLayout(1, SCORES))
+        total = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, SCORES))
+    weight, m, total, alpha = weights(scores, m, total, c, SCORES)
     acc = warpgroup_mma_wait(0, deps=[pending])
     mbarrier.arrive(v_empty.index(before), count=1)
     if NEW_CHUNK:
         m_all, total_all, acc = merge(
-            m_all, total_all, acc_all.load(O), m_before, total_before, acc, c, O
+            m_all, total_all, acc_all.load(SUMS), m_before, total_before, acc, c, SUMS
         )
         acc_all.store(acc)
-        acc = gl.full([ROWS, DIM], 0.0, gl.float32, layout=O)
+        acc = gl.full([ROWS, DIM], 0.0, gl.float32, layout=SUMS)
     else:
-        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, O))[:, None]
-    p = gl.convert_layout(weight.to(q.dtype), P)
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None]
+    p = gl.convert_layout(weight.to(q.dtype), WEIGHTS)
     return p, m, total, acc, m_all, total_all
 
 
@@ -157,8 +169,8 @@ def consume(
 ):
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, O, 2)
-    OF_ROWS: gl.constexpr = gl.SliceLayout(1, S)
+    P: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    OF_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     BLOCKS: gl.constexpr = CHUNK // BLOCK_N
     q = as_matrix(q_buffers.index(WHICH), ROWS, DIM)
     acc_all = sums.index(WHICH)
@@ -166,12 +178,12 @@ def consume(
     round = 0
     for work in range(gl.program_id(0), work_items, gl.num_programs(0)):
         head_k, b, token, q_begin, rows, k_begin, keys, blocks, full = tile_of(
-            work, q_begins, k_begins, seqused_k, batch_size, seqlen_q, total_q, capacity, nheads_k, tiles,
-            NEIGHBOURS, GROUP, BLOCK_N, CAUSAL, PACKED_Q, PACKED_K, USED_K,
+            work, q_begins, k_begins, seqused_k, batch_size, seqlen_q, total_q, capacity,
+            nheads_k, tiles, NEIGHBOURS, GROUP, BLOCK_N, CAUSAL, PACKED_Q, PACKED_K, USED_K,
         )
         m = gl.full([ROWS], NONE, gl.float32, layout=OF_ROWS)
         total = gl.full([ROWS], 0.0, gl.float32, layout=OF_ROWS)
-        acc = gl.full([ROWS, DIM], 0.0, gl.float32, layout=O)
+        acc = gl.full([ROWS, DIM], 0.0, gl.float32, layout=SUMS)
         m_all = m
         total_all = total
         acc_all.store(acc)
@@ -183,42 +195,43 @@ def consume(
             mbarrier.wait(q_full, round & 1)
             stage = at % STAGES
             mbarrier.wait(k_full.index(stage), (at // STAGES) & 1)
-            scores = warpgroup_mma_wait(0, deps=[scores_of(q, k_buffers.index(stage), BLOCK_N, DIM, S)])
+            pending = scores_of(q, k_buffers.index(stage), BLOCK_N, DIM, SCORES)
+            scores = warpgroup_mma_wait(0, deps=[pending])
             mbarrier.arrive(k_empty.index(stage), count=1)
-            key = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, S))
+            key = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
             scores = gl.where(key[None, :] <= last_seen[:, None], scores, float("-inf"))
-            weight, m, total, alpha = weights(scores, m, total, c, S)
-            p = gl.convert_layout(weight.to(q.dtype), P)
+            weight, m, total, alpha = weights(scores, m, total, c, SCORES)
+            p = gl.convert_layout(weight.to(q.dtype), WEIGHTS)
             for j in range(1, gl.minimum(BLOCKS, full)):
                 p, m, total, acc, m_all, total_all = step(
                     j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
                     k_full, k_empty, v_full, v_empty, last_seen, c,
-                    BLOCK_N, DIM, STAGES, False, False, S, O, P,
+                    BLOCK_N, DIM, STAGES, False, False, SCORES, SUMS, WEIGHTS,
                 )
             for begin in range(BLOCKS, full, BLOCKS):
                 p, m, total, acc, m_all, total_all = step(
                     begin, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
                     k_full, k_empty, v_full, v_empty, last_seen, c,
-                    BLOCK_N, DIM, STAGES, True, False, S, O, P,
+                    BLOCK_N, DIM, STAGES, True, False, SCORES, SUMS, WEIGHTS,
                 )
                 for j in range(begin + 1, gl.minimum(begin + BLOCKS, full)):
                     p, m, total, acc, m_all, total_all = step(
                         j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
                         k_full, k_empty, v_full, v_empty, last_seen, c,
-                        BLOCK_N, DIM, STAGES, False, False, S, O, P,
+                        BLOCK_N, DIM, STAGES, False, False, SCORES, SUMS, WEIGHTS,
                     )
             for j in range(gl.maximum(full, 1), blocks):
                 if j % BLOCKS == 0:
                     p, m, total, acc, m_all, total_all = step(
                         j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
                         k_full, k_empty, v_full, v_empty, last_seen, c,
-                        BLOCK_N, DIM, STAGES, True, True, S, O, P,
+                        BLOCK_N, DIM, STAGES, True, True, SCORES, SUMS, WEIGHTS,
                     )
                 else:
                     p, m, total, acc, m_all, total_all = step(
                         j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
                         k_full, k_empty, v_full, v_empty, last_seen, c,
-                        BLOCK_N, DIM, STAGES, False, True, S, O, P,
+                        BLOCK_N, DIM, STAGES, False, True, SCORES, SUMS, WEIGHTS,
                     )
             mbarrier.arrive(q_empty, count=1)
             last = (at + blocks - 1) % STAGES
@@ -229,10 +242,10 @@ def consume(
             acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, values, acc, is_async=True)])
             mbarrier.arrive(v_empty.index(last), count=1)
             round += 1
-        m, total, acc = merge(m_all, total_all, acc_all.load(O), m, total, acc, c, O)
+        m, total, acc = merge(m_all, total_all, acc_all.load(SUMS), m, total, acc, c, SUMS)
         store(
             out, softmax_lse, m, total, acc, c, b, q_begin, rows, token, head_k, seqlen_q, total_q,
-            nheads_k, not PACKED_Q, WHICH, GROUP, DIM, S, O,
+            nheads_k, not PACKED_Q, WHICH, GROUP, DIM, SCORES, SUMS,
         )
         at += blocks
 
@@ -249,18 +262,18 @@ def store(
         row0 = b * seqlen_q
     blind = total == 0
     total = gl.where(blind, 1.0, total)
-    scale = gl.convert_layout(gl.where(blind, 0.0, 1.0 / total), gl.SliceLayout(1, O))
-    in_tile = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, O))
+    scale = gl.convert_layout(gl.where(blind, 0.0, 1.0 / total), gl.SliceLayout(1, SUMS))
+    in_tile = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS))
     own = token + in_tile // GROUP
     head = head_k * GROUP + in_tile % GROUP
-    column = gl.arange(0, DIM, layout=gl.SliceLayout(0, O))
+    column = gl.arange(0, DIM, layout=gl.SliceLayout(0, SUMS))
     offset = ((row0 + own).to(gl.int64) * nheads + head) * DIM
     x = (acc * scale[:, None]).to(out.dtype.element_ty)
     gl.store(out + offset[:, None] + column[None, :], x, mask=(own < rows)[:, None])
-    nan = gl.convert_layout(gl.min((acc != acc).to(gl.int32), 1), gl.SliceLayout(1, S)) == 1
+    nan = gl.convert_layout(gl.min((acc != acc).to(gl.int32), 1), gl.SliceLayout(1, SCORES)) == 1
     lse = gl.fma(m * c, LN2 + gl.zeros_like(m), gl.log(total))
     lse = gl.where(nan, float("nan"), gl.where(blind, float("-inf"), lse))
-    in_tile = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, S))
+    in_tile = WHICH * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SCORES))
     own = token + in_tile // GROUP
     head = head_k * GROUP + in_tile % GROUP
     place = head.to(gl.int64) * total_q + q_begin + own
@@ -282,8 +295,8 @@ def produce(
     round = 0
     for work in range(gl.program_id(0), work_items, gl.num_programs(0)):
         head_k, b, token, q_begin, rows, k_begin, keys, blocks, full = tile_of(
-            work, q_begins, k_begins, seqused_k, batch_size, seqlen_q, total_q, capacity, nheads_k, tiles,
-            NEIGHBOURS, GROUP, BLOCK_N, CAUSAL, PACKED_Q, PACKED_K, USED_K,
+            work, q_begins, k_begins, seqused_k, batch_size, seqlen_q, total_q, capacity,
+            nheads_k, tiles, NEIGHBOURS, GROUP, BLOCK_N, CAUSAL, PACKED_Q, PACKED_K, USED_K,
         )
         entry = b
         if PACKED_K:
@@ -308,14 +321,20 @@ def produce(
                 row = j * BLOCK_N % PAGE_SIZE
             mbarrier.wait(k_empty.index(stage), phase)
             mbarrier.expect(k_full.index(stage), BLOCK_N * DIM * 2)
-            tma.async_copy_global_to_shared(k, [entry, row, head_k, 0], k_full.index(stage), k_buffers.index(stage))
+            tma.async_copy_global_to_shared(
+                k, [entry, row, head_k, 0], k_full.index(stage), k_buffers.index(stage)
+            )
             mbarrier.wait(v_empty.index(stage), phase)
             mbarrier.expect(v_full.index(stage), BLOCK_N * DIM * 2)
-            tma.async_copy_global_to_shared(v, [entry, row, head_k, 0], v_full.index(stage), v_buffers.index(stage))
+            tma.async_copy_global_to_shared(
+                v, [entry, row, head_k, 0], v_full.index(stage), v_buffers.index(stage)
+            )
         at += blocks
 
 
-@gluon.jit(do_not_specialize=["batch_size", "seqlen_q", "total_q", "capacity", "num_pages", "tiles", "work_items"])
+@gluon.jit(do_not_specialize=[
+    "batch_size", "seqlen_q", "total_q", "capacity", "num_pages", "tiles", "work_items",
+])
 def prefill(
     q, k, v, out, softmax_lse, pages, q_begins, k_begins, seqused_k,
     batch_size, seqlen_q, total_q, capacity, num_pages, tiles, work_items, softmax_scale, table_row,
@@ -328,7 +347,7 @@ def prefill(
     q_buffers = gl.allocate_shared_memory(dtype, [2, 1, ROWS // GROUP, GROUP, DIM], q.layout)
     k_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, DIM], k.layout)
     v_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, DIM], v.layout)
-    sums = gl.allocate_shared_memory(gl.float32, [2, ROWS, DIM], gl.SwizzledSharedLayout(2, 1, 16, [1, 0]))
+    sums = gl.allocate_shared_memory(gl.float32, [2, ROWS, DIM], sums_layout(DIM))
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
@@ -347,14 +366,14 @@ def prefill(
     c = softmax_scale * LOG2E
     gl.warp_specialize([
         (consume, (
-            sums, q_buffers, k_buffers, v_buffers, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            out, softmax_lse, q_begins, k_begins, seqused_k, batch_size, seqlen_q, total_q,
+            sums, q_buffers, k_buffers, v_buffers, q_full, q_empty, k_full, k_empty, v_full,
+            v_empty, out, softmax_lse, q_begins, k_begins, seqused_k, batch_size, seqlen_q, total_q,
             capacity, nheads_k, tiles, work_items, c, 0,
             GROUP, BLOCK_N, DIM, STAGES, CHUNK, NEIGHBOURS, CAUSAL, PACKED_Q, PACKED_K, USED_K,
         )),
         (consume, (
-            sums, q_buffers, k_buffers, v_buffers, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-            out, softmax_lse, q_begins, k_begins, seqused_k, batch_size, seqlen_q, total_q,
+            sums, q_buffers, k_buffers, v_buffers, q_full, q_empty, k_full, k_empty, v_full,
+            v_empty, out, softmax_lse, q_begins, k_begins, seqused_k, batch_size, seqlen_q, total_q,
             capacity, nheads_k, tiles, work_items, c, 1,
             GROUP, BLOCK_N, DIM, STAGES, CHUNK, NEIGHBOURS, CAUSAL, PACKED_Q, PACKED_K, USED_K,
         )),

@@ -334,8 +334,8 @@ def attention(
                 qd_batch, qd_head, kd_batch, kd_head, vd_batch, vd_head, TRANSFORMED,
             )
             entry = entry_of(b, entries, cache_batch_idx)
-            k_rows = k + head_k * k_head
-            v_rows = v + head_k * v_head
+            k_rows = k + head_k.to(tl.int64) * k_head
+            v_rows = v + head_k.to(tl.int64) * v_head
             pages = page_table
             if page_table is not None:
                 pages = page_table + entry * table_row
@@ -399,7 +399,9 @@ def combine(
         token = work // HEAD_BLOCKS // nheads_k % seqlen_q
         b = work // HEAD_BLOCKS // nheads_k // seqlen_q
         row, rows = query_rows(b, seqlen_q, total_q, cu_seqlens_q, seqused_q)
-        shift, first, end = key_rows(b, capacity, cu_seqlens_k, seqused_k, cache_leftpad, cache_start)
+        shift, first, end = key_rows(
+            b, capacity, cu_seqlens_k, seqused_k, cache_leftpad, cache_start
+        )
         low, full, high = range_of(
             token, token, rows, first, end, window_left, window_right, attention_chunk
         )

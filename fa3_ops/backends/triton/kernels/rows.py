@@ -32,7 +32,7 @@ def rectangle(
     token = tl.arange(0, TOKENS)[:, None, None]
     head = tl.arange(0, HEADS)[None, :, None]
     column = tl.arange(0, DIM)[None, None, :]
-    offset = token.to(tl.int64) * row_stride + head * head_stride + column
+    offset = token.to(tl.int64) * row_stride + head.to(tl.int64) * head_stride + column
     return offset, (token < tokens) & (head < heads) & (column < width)
 
 

@@ -34,7 +34,6 @@ from fa3_ops.backends import (
     Attention,
     Backend,
     Gradient,
-    Plan,
     Run,
     add_backend,
     choice,

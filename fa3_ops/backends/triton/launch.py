@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def launch(
@@ -26,3 +27,8 @@ def on(device: torch.device) -> Any:
     if device.type == "cpu" or device.index == torch.accelerator.current_device_index():
         return nullcontext()
     return torch.get_device_module(device).device(device)
+
+
+def unit_last_stride(t: Tensor) -> Tensor:
+    """t, or a copy where its last elements do not lie side by side, as kernels want them."""
+    return t if t.stride(-1) == 1 else t.contiguous()

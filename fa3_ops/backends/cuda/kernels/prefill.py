@@ -62,7 +62,7 @@ def tile_of(
 
 
 @gluon.jit
-def weights(scores, m, total, c, S: gl.constexpr):
+def weights(scores, m, total, c, SCORES: gl.constexpr):
     greatest = gl.maximum(m, gl.max(scores, 1))
     zero = gl.full(scores.shape, 0.0, gl.float32, layout=SCORES)
     p = gl.exp2(gl.fma(scores, zero + c, (-greatest * c)[:, None] + zero))
@@ -73,7 +73,7 @@ def weights(scores, m, total, c, S: gl.constexpr):
 
 
 @gluon.jit
-def merge(m, total, acc, m_next, total_next, acc_next, c, O: gl.constexpr):
+def merge(m, total, acc, m_next, total_next, acc_next, c, SUMS: gl.constexpr):
     greatest = gl.maximum(m, m_next)
     a = gl.exp2((m - greatest) * c)
     b = gl.exp2((m_next - greatest) * c)
@@ -91,7 +91,7 @@ def as_matrix(buffer, BLOCK_N: gl.constexpr, DIM: gl.constexpr):
 
 
 @gluon.jit
-def scores_of(q, k_buffer, BLOCK_N: gl.constexpr, DIM: gl.constexpr, S: gl.constexpr):
+def scores_of(q, k_buffer, BLOCK_N: gl.constexpr, DIM: gl.constexpr, SCORES: gl.constexpr):
     zero = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, layout=SCORES)
     keys = as_matrix(k_buffer, BLOCK_N, DIM).permute((1, 0))
     return warpgroup_mma(q, keys, zero, use_acc=False, is_async=True)
@@ -123,7 +123,7 @@ def step(
     j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
     k_full, k_empty, v_full, v_empty, last_seen, c,
     BLOCK_N: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, NEW_CHUNK: gl.constexpr,
-    MASKED: gl.constexpr, S: gl.constexpr, O: gl.constexpr, P: gl.constexpr,
+    MASKED: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr, WEIGHTS: gl.constexpr,
 ):
     """Scores and weights of block j, and the values of the block before it."""
     stage = (at + j) % STAGES
@@ -167,9 +167,9 @@ def consume(
     STAGES: gl.constexpr, CHUNK: gl.constexpr, NEIGHBOURS: gl.constexpr, CAUSAL: gl.constexpr,
     PACKED_Q: gl.constexpr, PACKED_K: gl.constexpr, USED_K: gl.constexpr,
 ):
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
-    P: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     OF_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     BLOCKS: gl.constexpr = CHUNK // BLOCK_N
     q = as_matrix(q_buffers.index(WHICH), ROWS, DIM)
@@ -254,7 +254,7 @@ def consume(
 def store(
     out, softmax_lse, m, total, acc, c, b, q_begin, rows, token, head_k, seqlen_q, total_q,
     nheads_k, DENSE: gl.constexpr, WHICH: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr,
-    S: gl.constexpr, O: gl.constexpr,
+    SCORES: gl.constexpr, SUMS: gl.constexpr,
 ):
     nheads = nheads_k * GROUP
     row0 = q_begin

@@ -8,8 +8,9 @@ wheel and needs neither CANN nor a device. The second is CANN's bishengir-compil
 from __future__ import annotations
 
 import hashlib
+import signal
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import triton
@@ -19,6 +20,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
 DEVICE = GPUTarget("npu", "Ascend910B3", 0)
+RUNS = 3  # of a program that crashes now and then
 
 
 class NotLowered(Exception):
@@ -50,9 +52,22 @@ def lower(kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any
     metadata = {"hash": key, "target": DEVICE, **vars(options)}
     try:
         codegen, modules = backend.get_codegen_implementation(), backend.get_module_map()
-        module = source.make_ir(options, codegen, modules, context)
-        return str(stages["ttadapter"](stages["ttir"](module, metadata), metadata))
+        module = stages["ttir"](source.make_ir(options, codegen, modules, context), metadata)
+        return _unless_it_crashes(lambda: str(stages["ttadapter"](module, metadata)))
     except triton.CompilationError as error:
         raise NotLowered(f"{kernel.__name__}: {error}") from error
     except subprocess.CalledProcessError as error:
         raise NotLowered(f"{kernel.__name__}: {error.stderr.decode()}") from error
+
+
+def _unless_it_crashes(adapt: Callable[[], str]) -> str:
+    """What Triton-Ascend's triton-adapter-opt makes. 3.2.0's died of a segmentation fault in 2 of
+    900 runs over a few kernels, each of which it took in all other runs. What it refuses it says,
+    and is not asked again."""
+    for _ in range(RUNS - 1):
+        try:
+            return adapt()
+        except subprocess.CalledProcessError as error:
+            if error.returncode != -signal.SIGSEGV:
+                raise
+    return adapt()

@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from lint import lint
 from lowering import lower
 from on_chip import demand
-from started import Start, started
+from starts import assert_suits, starts_of
 
-from fa3_ops.backends import Attention, Run, triton
-from fa3_ops.backends.npu import NPU
+from fa3_ops.backends import Attention
 from fa3_ops.backends.triton import attention
 
 CORES = 24
@@ -64,15 +62,6 @@ def an_npu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "processors", lambda device: CORES)
 
 
-def starts_of(request: Attention) -> list[Start]:
-    backend = next(b for b in NPU.backends[Attention] if b.name == triton.TritonAttention.name)
-    run = Run(request, NPU, capturing=False, host_may_wait=True)
-    assert backend.not_supported_reasons(request, run) == []
-    with started() as starts:
-        backend.launch(request, backend.lower(request, run), run)
-    return starts
-
-
 CALLS = {
     "prefill": {},
     "prefill of two chunks": {"keys": LONG},
@@ -111,23 +100,23 @@ IN_EVERY_DTYPE = ("everything", "head dimension 256", "paged decode", "paged dec
 
 @pytest.mark.parametrize("changes", CALLS.values(), ids=CALLS)
 def test_lowers(changes: dict[str, Any]) -> None:
-    check(starts_of(call(**changes)))
+    assert_suits(starts_of(call(**changes)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", IN_EVERY_DTYPE)
 def test_lowers_in_other_dtypes(name: str, dtype: torch.dtype) -> None:
-    check(starts_of(call(**CALLS[name], dtype=dtype)))
+    assert_suits(starts_of(call(**CALLS[name], dtype=dtype)))
 
 
 def test_varlen() -> None:
-    check(starts_of(varlen()))
+    assert_suits(starts_of(varlen()))
 
 
 def test_pages_of_less_than_a_block_are_gathered_by_rows() -> None:
     for seqlen_q in (1, 70):
         found = starts_of(call(page_size=16, keys=LONG, seqlen_q=seqlen_q, batch_size=32))
-        check(found, ["scattered rows: loaded by rows of 128, in a loop of products"])
+        assert_suits(found, ["scattered rows: loaded by rows of 128, in a loop of products"])
 
 
 def test_chunks_are_work_items_where_there_are_cores_to_spare() -> None:
@@ -143,11 +132,3 @@ def test_there_are_fewer_rows_than_on_a_gpu() -> None:
     assert start.constants["TOKENS"] * start.constants["HEADS"] == 32
     more = start.constants | {"TOKENS": 2 * start.constants["TOKENS"]}
     assert not demand(lower(start.kernel, start.signature, more)).fits
-
-
-def check(starts: list[Start], findings: list[str] | None = None) -> None:
-    assert starts
-    for start in starts:
-        text = lower(start.kernel, start.signature, start.constants)
-        assert [str(finding) for finding in lint(text)] == (findings or []), start.name
-        assert demand(text).fits, f"{start.name}: {demand(text)}"

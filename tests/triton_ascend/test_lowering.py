@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import triton
 import triton.language as tl
-from lowering import NotLowered, lower
+from lowering import RUNS, NotLowered, lower
 
 
 @triton.jit
@@ -71,3 +75,32 @@ def test_what_it_does_not_take(kernel: object, types: dict[str, str], reason: st
 def test_every_argument_has_to_be_accounted_for() -> None:
     with pytest.raises(TypeError, match=r"neither typed nor constant: bias; no argument: z"):
         lower(multiplies, MATRICES | {"z": "i32"}, {"N": 32})
+
+
+@pytest.mark.parametrize("crashes", [2, 3])
+def test_a_program_that_crashes_is_run_again(crashes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    died = iter([True] * crashes)
+    run = subprocess.run
+
+    def sometimes(*args: Any, **keywords: Any) -> Any:
+        if next(died, False):
+            raise subprocess.CalledProcessError(-signal.SIGSEGV, "program", stderr=b"Stack dump")
+        return run(*args, **keywords)
+
+    monkeypatch.setattr(subprocess, "run", sometimes)
+    expected = nullcontext() if crashes < RUNS else pytest.raises(NotLowered, match="Stack dump")
+    with expected:
+        lower(multiplies, MATRICES, {"bias": None, "N": 32})
+
+
+def test_what_is_refused_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(*args: Any, **keywords: Any) -> Any:
+        asked.append(args)
+        raise subprocess.CalledProcessError(1, "program", stderr=b"error: unsupported")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    with pytest.raises(NotLowered, match="unsupported"):
+        lower(multiplies, MATRICES, {"bias": None, "N": 32})
+    assert len(asked) == 1

@@ -29,7 +29,7 @@ from fa3_ops.backends.npu.ge.torchair import attach_when_loaded
 from fa3_ops.backends.npu.prepare import prepare
 from fa3_ops.backends.npu.scatter_pa_kv_cache import ScatterPaKvCache
 from fa3_ops.backends.npu.scheduler_metadata import empty_plan
-from fa3_ops.backends.npu.triton_ascend import ByTritonAscend, most_rows
+from fa3_ops.backends.npu.triton_ascend import ByTritonAscend, blocks_of, most_rows, tile_for
 
 NPU = Device(
     "npu",
@@ -46,12 +46,29 @@ NPU = Device(
             ByTritonAscend(triton.TritonAttention(most_rows)),
             torch_ops.TorchAttention(),
         ],
-        Gradient: [FlashAttnNpuGradient(), torch_ops.TorchGradient()],
-        Append: [ScatterPaKvCache(), torch_ops.TorchWrites()],
-        Scatter: [ScatterPaKvCache(), torch_ops.TorchWrites()],
-        Linear: [BatchInvariantOps(), torch_ops.TorchLinear()],
-        Rotation: [torch_ops.TorchRotation()],
-        Combination: [torch_ops.TorchCombination()],
+        Gradient: [
+            FlashAttnNpuGradient(),
+            ByTritonAscend(triton.TritonGradient(blocks_of)),
+            torch_ops.TorchGradient(),
+        ],
+        Append: [
+            ScatterPaKvCache(),
+            ByTritonAscend(triton.TritonWrites()),
+            torch_ops.TorchWrites(),
+        ],
+        Scatter: [
+            ScatterPaKvCache(),
+            ByTritonAscend(triton.TritonWrites()),
+            torch_ops.TorchWrites(),
+        ],
+        Linear: [
+            BatchInvariantOps(),
+            ByTritonAscend(triton.TritonLinear(tile_for)),
+            torch_ops.TorchLinear(),
+        ],
+        # Plain torch operators are no fallback here: whoever wants Triton's asks for it by name.
+        Rotation: [torch_ops.TorchRotation(), ByTritonAscend(triton.TritonRotation())],
+        Combination: [torch_ops.TorchCombination(), ByTritonAscend(triton.TritonCombination())],
         Plan: [FlashAttnNpuPlan()],
     },
 )

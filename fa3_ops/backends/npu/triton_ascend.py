@@ -9,10 +9,14 @@ import functools
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fa3_ops.backends.backend import AnyRequest, Backend, Run
-from fa3_ops.backends.call import Attention, Gradient
+import torch
 
-WIDEST = 256  # headdim_v, of which a tile's sums are in a vector core's memory
+from fa3_ops.backends.backend import AnyRequest, Backend, Run
+from fa3_ops.backends.call import Attention, Gradient, Request
+from fa3_ops.backends.triton import gradient, linear
+
+# Tiles are for the 192 KiB of a vector core, which tests/triton_ascend/on_chip.py counts.
+WIDEST = 256  # columns of what a tile sums
 
 
 def is_installed(distribution: str) -> bool:
@@ -35,8 +39,25 @@ def missing() -> list[str]:
 
 
 def most_rows(headdim_v: int) -> int:
-    """Of a tile, for the 192 KiB of a vector core (tests/triton_ascend/on_chip.py)."""
+    """Of a tile of attention."""
     return 32 if headdim_v <= 128 else 16
+
+
+def blocks_of(call: Attention) -> tuple[gradient.Blocks, gradient.Blocks]:
+    """Of the gradient's kernels of keys and of rows."""
+    keys = (64, 32) if gradient.width_of(call) <= 192 else (32, 16)
+    return gradient.Blocks(*keys, 4, 1), gradient.Blocks(32, 64, 4, 1)
+
+
+def tile_for(rows: int, dtype: torch.dtype) -> linear.Tile:
+    return linear.tile_for(min(rows, linear.SOME), dtype)
+
+
+def width_of(request: Request) -> int:
+    """Columns of what a tile sums."""
+    if isinstance(request, Gradient):
+        return max(request.call.headdim, request.call.headdim_v)
+    return request.headdim_v if isinstance(request, Attention) else 0
 
 
 class ByTritonAscend(Backend[AnyRequest]):
@@ -50,9 +71,8 @@ class ByTritonAscend(Backend[AnyRequest]):
         if missing():
             return missing()
         reasons = self.backend.not_supported_reasons(request, run)
-        call = request.call if isinstance(request, Gradient) else request
-        if isinstance(call, Attention) and call.headdim_v > WIDEST:
-            reasons = [*reasons, f"headdim_v {call.headdim_v}"]
+        if width_of(request) > WIDEST:
+            reasons = [*reasons, f"head dimension {width_of(request)}"]
         return reasons
 
     def lower(self, request: AnyRequest, run: Run) -> Any:

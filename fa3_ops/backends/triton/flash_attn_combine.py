@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from fa3_ops.backends.backend import Backend, Run
@@ -29,27 +31,36 @@ class TritonCombination(Backend[Combination]):
     def launch(self, request: Combination, lowered: Combination, run: Run) -> tuple[Tensor, Tensor]:
         from fa3_ops.backends.triton.kernels.flash_attn_combine import flash_attn_combine
 
-        parts, lses = unit_last_stride(request.out_partial), request.lse_partial
+        parts = unit_last_stride(request.out_partial)
+        lses = request.lse_partial.transpose(-2, -1).contiguous()  # as softmax_lse lies
         num_splits, *batch, seqlen, nheads, width = parts.shape
         out = parts.new_empty(parts.shape[1:], dtype=request.out_dtype)
-        lse = lses.new_empty((*batch, nheads, seqlen)).transpose(-2, -1)
-        rows = lse.numel()
-        if rows == 0:
-            return out, lse
+        lse = lses.new_empty(lses.shape[1:])
+        if lse.numel() == 0:
+            return out, lse.transpose(-2, -1)
         dim = power_of_two(width)
-        rows_at_once = max(MOST_ELEMENTS // dim, 1)
-        items = -(-rows // rows_at_once)
+        tokens, heads = rows_at_once(seqlen, nheads, dim)
+        blocks = -(-seqlen // tokens), -(-nheads // heads)
+        items = math.prod((*batch, *blocks))
         launch(
             flash_attn_combine,
             programs(items, parts.device),
-            *(parts, lses, out, lse, num_splits, rows, seqlen, nheads, items),
+            *(parts, lses, out, lse, num_splits, seqlen, nheads, *blocks, items),
             *_strides(*parts.stride()[:-1]),
-            *_strides(*lses.stride()),
+            lses.stride(0),
             WIDTH=width,
             DIM=dim,
-            ROWS=rows_at_once,
+            TOKENS=tokens,
+            HEADS=heads,
         )
-        return out, lse
+        return out, lse.transpose(-2, -1)
+
+
+def rows_at_once(seqlen: int, nheads: int, dim: int) -> tuple[int, int]:
+    """(tokens, heads) that a program merges."""
+    rows = max(MOST_ELEMENTS // dim, 1)
+    heads = min(1 << (nheads - 1).bit_length(), rows)
+    return min(1 << (seqlen - 1).bit_length(), rows // heads), heads
 
 
 def _strides(split: int, *others: int) -> tuple[int, int, int, int]:

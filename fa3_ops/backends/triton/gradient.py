@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +21,39 @@ FARTHEST = 2**30  # of what a window or chunk reaches: positions beside it still
 ROWS_OF_TERMS = 32  # that one program of `row_terms` takes
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """How a kernel cuts rows and keys, which decides the bits of a gradient, and its schedule."""
+
+    block_m: int  # rows
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int
+
+
+def width_of(call: Attention) -> int:
+    """Columns of the widest tile."""
+    return max(sum(parts_of(call.headdim)), power_of_two(call.headdim_v))
+
+
+def blocks_of(call: Attention) -> tuple[Blocks, Blocks]:
+    """Of the kernels of keys and of rows: the same for all calls of a dtype and head dimensions."""
+    width = width_of(call)
+    if call.q.dtype == torch.float32:
+        blocks = Blocks(32, 32, 4, 1) if width <= 128 else Blocks(16, 16, 8, 1)
+        return blocks, blocks
+    if width <= 192:
+        return Blocks(64, 128, 8, 2), Blocks(128, 64, 8, 2)
+    if width <= 256:
+        return Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 2)
+    return Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)
+
+
 class TritonGradient(Backend[Gradient]):
     name = "triton"
+
+    def __init__(self, blocks_of: Callable[[Attention], tuple[Blocks, Blocks]] = blocks_of) -> None:
+        self.blocks_of = blocks_of  # as the device has room
 
     def not_supported_reasons(self, request: Gradient, run: Run) -> list[str]:
         dtype = request.call.k.dtype
@@ -50,43 +82,19 @@ class TritonGradient(Backend[Gradient]):
     def launch(
         self, request: Gradient, lowered: Gradient, run: Run
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return differentiate(lowered)
+        return differentiate(lowered, *self.blocks_of(lowered.call))
 
 
 def _unit(x: Tensor | None) -> Any:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
-@dataclass(frozen=True)
-class Blocks:
-    """How a kernel cuts rows and keys, which decides the bits of a gradient, and its schedule."""
-
-    block_m: int  # rows
-    block_n: int  # keys
-    num_warps: int
-    num_stages: int
-
-
-def blocks_of(call: Attention) -> tuple[Blocks, Blocks]:
-    """Of the kernels of keys and of rows: the same for all calls of a dtype and head dimensions."""
-    width = max(sum(parts_of(call.headdim)), power_of_two(call.headdim_v))
-    if call.q.dtype == torch.float32:
-        blocks = Blocks(32, 32, 4, 1) if width <= 128 else Blocks(16, 16, 8, 1)
-        return blocks, blocks
-    if width <= 192:
-        return Blocks(64, 128, 8, 2), Blocks(128, 64, 8, 2)
-    if width <= 256:
-        return Blocks(64, 64, 8, 1), Blocks(64, 64, 8, 2)
-    return Blocks(32, 32, 8, 1), Blocks(32, 32, 8, 1)
-
-
-def differentiate(request: Gradient) -> tuple[Tensor, Tensor, Tensor]:
+def differentiate(request: Gradient, keys: Blocks, rows: Blocks) -> tuple[Tensor, Tensor, Tensor]:
     from fa3_ops.backends.triton.kernels.backward import gradients_of_keys, gradients_of_rows
 
     call, dout = request.call, request.dout
     dq, dk, dv = results(call)
     shift, delta = terms_of_rows(request)
-    keys, rows = blocks_of(call)
     tiles = -(-longest_keys(call) // keys.block_n)
     described = descriptors(call, call.q, dout, keys.block_m)
     sum_over(gradients_of_keys, keys, tiles, request, *described, shift, delta, dk, dv)

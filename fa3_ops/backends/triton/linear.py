@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,19 +31,23 @@ FEW_ROWS = Tile(16, 32, 64, num_warps=4, num_stages=5)
 SOME_ROWS = Tile(64, 64, 64, num_warps=4, num_stages=4)
 MANY_ROWS = Tile(128, 128, 64, num_warps=8, num_stages=3)
 FLOAT32 = Tile(64, 64, 32, num_warps=4, num_stages=2)
+FEW, SOME = 16, 512  # rows at most
 NEIGHBOURS = 8  # tiles of rows that are at work together
 
 
 def tile_for(rows: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return FLOAT32
-    if rows <= 16:
+    if rows <= FEW:
         return FEW_ROWS
-    return SOME_ROWS if rows <= 512 else MANY_ROWS
+    return SOME_ROWS if rows <= SOME else MANY_ROWS
 
 
 class TritonLinear(Backend[Linear]):
     name = "triton"
+
+    def __init__(self, tile_for: Callable[[int, torch.dtype], Tile] = tile_for) -> None:
+        self.tile_for = tile_for  # as the device has room
 
     def not_supported_reasons(self, request: Linear, run: Run) -> list[str]:
         wide = ["dtype torch.float64"] if request.x.dtype == torch.float64 else []
@@ -65,7 +70,7 @@ class TritonLinear(Backend[Linear]):
         (rows, depth), columns = x.shape, weight.shape[0]
         out = request.empty_results()
         bias = None if request.bias is None else request.bias.contiguous()
-        tile = tile_for(rows, x.dtype)
+        tile = self.tile_for(rows, x.dtype)
         row_tiles, column_tiles = -(-rows // tile.block_m), -(-columns // tile.block_n)
         launch(
             linear,

@@ -79,6 +79,17 @@ def store_numbers(
 
 
 @triton.jit
+def load_by_heads(
+    x, tokens, heads, head_stride, other, TOKENS: tl.constexpr, HEADS: tl.constexpr
+):
+    """One of every row from (heads, tokens)."""
+    token, head = tl.arange(0, TOKENS)[None, :], tl.arange(0, HEADS)[:, None]
+    there = (token < tokens) & (head < heads)
+    x = tl.load(x + head.to(tl.int64) * head_stride + token, mask=there, other=other)
+    return tl.reshape(tl.trans(x), [TOKENS * HEADS])
+
+
+@triton.jit
 def store_by_heads(
     x, numbers, tokens, heads, head_stride, TOKENS: tl.constexpr, HEADS: tl.constexpr
 ):

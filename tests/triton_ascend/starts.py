@@ -1,4 +1,5 @@
-"""Which kernels a Triton backend starts, and how each would be compiled for it. None runs."""
+"""Which kernels the NPU's Triton backends start, how each would be compiled, and whether that suits
+an Ascend 910B. None runs."""
 
 from __future__ import annotations
 
@@ -10,7 +11,14 @@ from unittest import mock
 
 import torch
 import triton
+from lint import lint
+from lowering import lower
+from on_chip import demand
 from torch import Tensor
+
+from fa3_ops.backends import Run
+from fa3_ops.backends.call import Request
+from fa3_ops.backends.npu import NPU
 
 TYPES = {
     torch.float16: "fp16",
@@ -69,3 +77,22 @@ def _type(value: Any) -> str:
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def starts_of(request: Request) -> list[Start]:
+    """What the NPU's Triton backend starts for a request, whose tensors may be anywhere."""
+    backend = next(b for b in NPU.backends[type(request)] if b.name == "triton")
+    run = Run(request, NPU, capturing=False, host_may_wait=True)
+    assert backend.not_supported_reasons(request, run) == []
+    with started() as starts:
+        backend.launch(request, backend.lower(request, run), run)
+    return starts
+
+
+def assert_suits(starts: list[Start], findings: list[str] | None = None) -> None:
+    """They lower, with no findings but those, and fit on the chip."""
+    assert starts
+    for start in starts:
+        text = lower(start.kernel, start.signature, start.constants)
+        assert [str(finding) for finding in lint(text)] == (findings or []), start.name
+        assert demand(text).fits, f"{start.name}: {demand(text)}"

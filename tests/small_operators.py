@@ -106,6 +106,21 @@ def check_a_rows_gradient_is_the_same_anywhere(dtype: torch.dtype, device: str) 
         assert torch.equal(got, dx[rows])
 
 
+def check_error_of_float32_at_most_twice_pytorchs(rows: int, depth: int, device: str) -> None:
+    """The root of the mean square over some thousand elements, for sums around zero and for sums
+    that grow."""
+    torch.manual_seed(depth)
+    for make in (torch.randn, torch.rand):
+        x, weight = make(rows, depth), make(2048 // rows, depth)
+        want = reference.linear(x, weight)
+        x, weight = x.to(device), weight.to(device)
+        ours, pytorchs = (
+            float((y.cpu().double() - want).square().mean().sqrt())
+            for y in (ops.linear(x, weight), torch.nn.functional.linear(x, weight))
+        )
+        assert 0 < ours <= 2 * pytorchs
+
+
 def check_append(call: dict[str, Any], device: str) -> None:
     ours, cpus = copied(call, device), copied(call)
     run(ops.kvcache_append_, **ours)

@@ -8,7 +8,7 @@ from fa3_ops.backends.backend import Backend, Run
 from fa3_ops.backends.call import Combination
 from fa3_ops.backends.triton.device import missing, programs
 from fa3_ops.backends.triton.launch import launch, unit_last_stride
-from fa3_ops.backends.triton.rows import MOST_ELEMENTS
+from fa3_ops.backends.triton.rows import heads_at_once
 from fa3_ops.backends.triton.schedule import power_of_two
 from fa3_ops.ops import checks
 
@@ -33,21 +33,20 @@ class TritonCombination(Backend[Combination]):
         num_splits, *batch, seqlen, nheads, width = parts.shape
         out = parts.new_empty(parts.shape[1:], dtype=request.out_dtype)
         lse = lses.new_empty((*batch, nheads, seqlen)).transpose(-2, -1)
-        rows = lse.numel()
-        if rows == 0:
+        if lse.numel() == 0:
             return out, lse
-        dim = power_of_two(width)
-        rows_at_once = max(MOST_ELEMENTS // dim, 1)
-        items = -(-rows // rows_at_once)
+        heads = heads_at_once(nheads, width)
+        head_blocks = -(-nheads // heads)
+        items = lse.numel() // nheads * head_blocks
         launch(
             flash_attn_combine,
             programs(items, parts.device),
-            *(parts, lses, out, lse, num_splits, rows, seqlen, nheads, items),
+            *(parts, lses, out, lse, num_splits, seqlen, nheads, head_blocks, items),
             *_strides(*parts.stride()[:-1]),
             *_strides(*lses.stride()),
             WIDTH=width,
-            DIM=dim,
-            ROWS=rows_at_once,
+            DIM=power_of_two(width),
+            HEADS=heads,
         )
         return out, lse
 

@@ -24,7 +24,6 @@ from strategies import (
 from torch import Tensor
 
 import fa3_ops
-from fa3_ops import reference
 from fa3_ops.testing import sample_calls
 
 ops = torch.ops.fa3npu
@@ -72,18 +71,10 @@ class TestLinear:
             slack = 3e-4 if dtype == torch.float32 else 0.1
             torch.testing.assert_close(x.double(), y, rtol=1e-2, atol=slack)
 
-    @pytest.mark.parametrize("depth", [64, 1024, 8192])
+    @pytest.mark.parametrize("depth", [1024, 8192])
     @pytest.mark.parametrize("rows", [2, 64])
     def test_error_of_float32_at_most_twice_pytorchs(self, depth: int, rows: int) -> None:
-        torch.manual_seed(depth)
-        for make in (torch.randn, torch.rand):
-            x, weight = make(rows, depth), make(1024, depth)
-            want = reference.linear(x, weight)
-            ours, pytorchs = (
-                (y.cpu().double() - want).square().mean().sqrt()
-                for y in (ops.linear(x.cuda(), weight.cuda()), F.linear(x.cuda(), weight.cuda()))
-            )
-            assert 0 < ours <= 2 * pytorchs
+        check.check_error_of_float32_at_most_twice_pytorchs(rows, depth, "cuda")
 
     def test_float64_falls_back_to_pytorchs(self, monkeypatch: pytest.MonkeyPatch) -> None:
         x, weight = rand(3, 5).double().cuda(), rand(4, 5).double().cuda()
@@ -150,7 +141,7 @@ class TestFlashAttnCombine:
 
 
 class TestGetSchedulerMetadata:
-    def test_as_the_cpus(self) -> None:
+    def test_chunks_of_the_keys(self) -> None:
         check.check_metadata("cuda")
 
 

@@ -14,6 +14,7 @@ from strategies import NARROW_DTYPES, append_calls, examples, narrow_append_call
 import fa3_ops
 
 ops = torch.ops.fa3npu
+TABLES = ("rotary_cos", "rotary_sin")
 
 
 class TestAppend:
@@ -58,6 +59,7 @@ class TestAppend:
             (ValueError, r"cache_seqlens must have shape", {"cache_seqlens": ints(1).view(1, 1)}),
             (ValueError, r"cache_batch_idx must have shape \(2,\)", {"cache_batch_idx": ints(1)}),
             (TypeError, "page_table must have dtype torch.int32", {"page_table": torch.ones(2, 2)}),
+            (ValueError, "rotary_cos must reach", dict.fromkeys(TABLES, rand(0, 4))),
             (ValueError, "k_cache must have a contiguous last", {"k_cache": rand(2, 9, 16, 2).mT}),
             (ValueError, "v_cache must have", {"v_cache": rand(2, 9, 1, 16).expand(-1, -1, 2, -1)}),
         ],

@@ -65,7 +65,7 @@ class TestFlashAttnCombine:
 
 
 class TestGetSchedulerMetadata:
-    def test_as_the_cpus(self) -> None:
+    def test_chunks_of_the_keys(self) -> None:
         check.check_metadata("cpu")
 
     def test_too_few_lengths(self) -> None:

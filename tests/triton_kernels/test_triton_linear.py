@@ -38,6 +38,10 @@ class TestLinear:
     def test_a_rows_gradient_is_the_same_anywhere(self, dtype: torch.dtype) -> None:
         check.check_a_rows_gradient_is_the_same_anywhere(dtype, "cpu")
 
+    @pytest.mark.parametrize("rows", [2, 64])
+    def test_error_of_float32_at_most_twice_pytorchs(self, rows: int) -> None:
+        check.check_error_of_float32_at_most_twice_pytorchs(rows, 4096, "cpu")
+
     def test_tiles_of_rows_are_grouped_but_all_worked_off(self) -> None:
         x, weight = rand(64 * 9 + 1, 3), rand(130, 3)
         torch.testing.assert_close(ops.linear(x, weight), x @ weight.t())

@@ -10,6 +10,7 @@ from fa3_ops.backends.call import Rotation
 from fa3_ops.backends.triton.device import missing, programs
 from fa3_ops.backends.triton.launch import launch, unit_last_stride
 from fa3_ops.backends.triton.rows import (
+    check_tables,
     elements,
     heads_at_once,
     ints,
@@ -71,4 +72,4 @@ def _check(a: Rotation) -> None:
         checks.shape(a.x, ("total", "nheads", "headdim"), "x", " with cu_seqlens")
         checks.lengths(a.cu_seqlens, "batch_size + 1", "cu_seqlens")
     checks.lengths(a.rotary_seqlens, batch_size, "rotary_seqlens")
-    checks.rotary(a.x, "x", a.x, "x", a.rotary_cos, a.rotary_sin)
+    check_tables(a.x, "x", a.rotary_cos, a.rotary_sin)

@@ -13,6 +13,7 @@ from fa3_ops.backends.triton.launch import launch, unit_last_stride
 from fa3_ops.backends.triton.rows import (
     FORMATS,
     PLAIN,
+    check_tables,
     elements,
     heads_at_once,
     ints,
@@ -136,6 +137,8 @@ def _check(a: Append) -> None:
         *(a.k, a.k_cache, a.v_cache, a.k, a.v, batch_size, a.rotary_cos, a.rotary_sin),
         *(a.cache_seqlens, a.cu_seqlens_k_new, a.rotary_seqlens),
     )
+    if a.rotary_cos is not None and a.rotary_sin is not None:
+        check_tables(a.k, "k", a.rotary_cos, a.rotary_sin)
     checks.lengths(a.cache_batch_idx, batch_size, "cache_batch_idx")
     if a.page_table is not None:
         checks.dtype(a.page_table, torch.int32, "page_table")

@@ -18,19 +18,20 @@ from fa3_ops.ops import checks
 
 @dataclass(frozen=True)
 class Tile:
-    """Decides on no bit, as long as all tiles of a dtype have one block_k."""
+    """Decides on no bit, as long as all tiles of a dtype have one block_k and one part."""
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    part: int = 0  # products that are summed apart
 
 
 FEW_ROWS = Tile(16, 32, 64, num_warps=4, num_stages=5)
 SOME_ROWS = Tile(64, 64, 64, num_warps=4, num_stages=4)
 MANY_ROWS = Tile(128, 128, 64, num_warps=8, num_stages=3)
-FLOAT32 = Tile(64, 64, 32, num_warps=4, num_stages=2)
+FLOAT32 = Tile(64, 64, 32, num_warps=4, num_stages=2, part=128)
 FEW, SOME = 16, 512  # rows at most
 NEIGHBOURS = 8  # tiles of rows that are at work together
 
@@ -82,6 +83,7 @@ class TritonLinear(Backend[Linear]):
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
+            PART=tile.part,
             EVEN=depth % tile.block_k == 0,
             NEIGHBOURS=NEIGHBOURS,
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fa3_ops.backends.triton.launch import unit_last_stride
 from fa3_ops.backends.triton.schedule import power_of_two
+from fa3_ops.ops import checks
 
 PLAIN = 0  # as kernels/numbers.py has it, and so the others
 FORMATS = {torch.float8_e4m3fn: 1, torch.float8_e5m2: 2, torch.int8: 3}
@@ -35,10 +36,15 @@ def heads_at_once(nheads: int, width: int) -> int:
     return min(1 << (nheads - 1).bit_length(), max(MOST_ELEMENTS // power_of_two(width), 1))
 
 
+def check_tables(x: Tensor, name: str, rotary_cos: Tensor, rotary_sin: Tensor) -> None:
+    """Of which a position can be bounded by the last one."""
+    checks.rotary(x, name, x, name, rotary_cos, rotary_sin)
+    if rotary_cos.shape[0] == 0:
+        raise ValueError(f"rotary_cos must reach a position, got shape {tuple(rotary_cos.shape)}")
+
+
 def table(t: Tensor) -> Tensor:
     """rotary_cos or rotary_sin."""
-    if t.shape[0] == 0:
-        raise ValueError(f"rotary_cos must reach a position, got shape {tuple(t.shape)}")
     return unit_last_stride(t.float() if t.dtype == torch.float8_e4m3fn else t)
 
 

@@ -1,5 +1,9 @@
 """x times the transpose of weight. An element is one sum in float32, over its products in their
-order, whatever else a tile has: rows and columns are independent of each other."""
+order, whatever else a tile has: rows and columns are independent of each other.
+
+Where the result is float32, parts of the sum are summed apart, so that its error does not grow with
+its length as one sum's does.
+"""
 # fmt: off
 
 import triton
@@ -19,10 +23,11 @@ def tile_of(work, row_tiles, column_tiles, NEIGHBOURS: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "row_tiles", "column_tiles"])
 def linear(
     x, weight, bias, out, rows, columns, depth, row_tiles, column_tiles, x_row, weight_row,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
-    NEIGHBOURS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PART: tl.constexpr,
+    EVEN: tl.constexpr, NEIGHBOURS: tl.constexpr,
 ):
-    """Writes out (rows, columns). EVEN: depth is a multiple of BLOCK_K."""
+    """Writes out (rows, columns). PART: products of a part, 0 for one. EVEN: depth is a multiple of
+    BLOCK_K."""
     k = tl.arange(0, BLOCK_K)
     for work in range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
         row_tile, column_tile = tile_of(work, row_tiles, column_tiles, NEIGHBOURS)
@@ -32,7 +37,12 @@ def linear(
         weight_at = weight + column.to(tl.int64)[:, None] * weight_row + k[None, :]
         x_mask, weight_mask = row[:, None] < rows, column[:, None] < columns
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        parts = acc
         for begin in range(0, depth, BLOCK_K):
+            if PART > 0:
+                if begin % PART == 0:
+                    parts += acc
+                    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             if EVEN:
                 a = tl.load(x_at + begin, mask=x_mask, other=0.0)
                 b = tl.load(weight_at + begin, mask=weight_mask, other=0.0)
@@ -41,6 +51,8 @@ def linear(
                 a = tl.load(x_at + begin, mask=x_mask & inside, other=0.0)
                 b = tl.load(weight_at + begin, mask=weight_mask & inside, other=0.0)
             acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+        if PART > 0:
+            acc += parts
         if bias is not None:
             acc += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
         out_at = out + row.to(tl.int64)[:, None] * columns + column[None, :]

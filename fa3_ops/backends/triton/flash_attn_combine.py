@@ -39,7 +39,7 @@ class TritonCombination(Backend[Combination]):
         if lse.numel() == 0:
             return out, lse.transpose(-2, -1)
         dim = power_of_two(width)
-        tokens, heads = rows_at_once(seqlen, nheads, dim)
+        tokens, heads = rows_at_once(nheads, dim)
         blocks = -(-seqlen // tokens), -(-nheads // heads)
         items = math.prod((*batch, *blocks))
         launch(
@@ -56,11 +56,11 @@ class TritonCombination(Backend[Combination]):
         return out, lse.transpose(-2, -1)
 
 
-def rows_at_once(seqlen: int, nheads: int, dim: int) -> tuple[int, int]:
-    """(tokens, heads) that a program merges."""
+def rows_at_once(nheads: int, dim: int) -> tuple[int, int]:
+    """(tokens, heads) that a program merges, for all lengths: each would be a kernel of its own."""
     rows = max(MOST_ELEMENTS // dim, 1)
     heads = min(1 << (nheads - 1).bit_length(), rows)
-    return min(1 << (seqlen - 1).bit_length(), rows // heads), heads
+    return rows // heads, heads
 
 
 def _strides(split: int, *others: int) -> tuple[int, int, int, int]:

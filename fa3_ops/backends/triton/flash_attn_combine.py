@@ -57,7 +57,7 @@ class TritonCombination(Backend[Combination]):
 
 
 def rows_at_once(nheads: int, dim: int) -> tuple[int, int]:
-    """(tokens, heads) that a program merges, whatever seqlen is."""
+    """(tokens, heads) that a program merges, for all lengths: each would be a kernel of its own."""
     rows = max(MOST_ELEMENTS // dim, 1)
     heads = min(1 << (nheads - 1).bit_length(), rows)
     return rows // heads, heads

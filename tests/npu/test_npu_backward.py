@@ -241,4 +241,7 @@ def test_explain_names_the_backend() -> None:
     assert fa3_ops.explain(operator, *arguments).backend == "flash_attn_npu"
     refused = fa3_ops.explain(operator, *arguments, attention_chunk=4)
     assert refused.backend == "torch"
-    assert refused.steps[0].refusals == {"flash_attn_npu": ["attention_chunk"]}
+    assert refused.steps[0].refusals == {
+        "flash_attn_npu": ["attention_chunk"],
+        "triton": ["triton-ascend is not installed"],
+    }

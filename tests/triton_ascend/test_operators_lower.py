@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from starts import assert_suits, starts_of
+from lint import lint
+from lowering import lower
+from on_chip import demand
+from starts import assert_suits, started, starts_of
 from torch import Tensor
 
-from fa3_ops.backends import Append, Attention, Combination, Gradient, Linear, Rotation, Scatter
+from fa3_ops.backends import (
+    Append,
+    Attention,
+    Combination,
+    Gradient,
+    Linear,
+    Rotation,
+    Scatter,
+    add_backend,
+    remove_backend,
+    use_backend,
+)
+from fa3_ops.backends.npu import NPU
+from fa3_ops.testing import SampleCall, sample_calls
 
 HALF, BF16, FLOAT, FP8 = torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn
 DTYPES = (HALF, BF16, FLOAT)
@@ -128,3 +145,38 @@ class TestWrites:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_flash_attn_combine(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     assert_suits(starts_of(Combination(torch.zeros(shape), torch.zeros(shape[:-1]), dtype)))
+
+
+SAMPLES = {
+    f"{call.name}-{dtype}".replace("torch.", ""): call
+    for dtype in DTYPES
+    for call in sample_calls(dtype=dtype)
+    if call.name.startswith(("kvcache_append_", "kvcache_scatter_", "linear", "apply_rotary"))
+}
+
+
+@pytest.fixture
+def served_as_on_npu() -> Iterator[None]:
+    served = {
+        kind: next(b for b in NPU.backends[kind] if b.name == "triton")
+        for kind in (Append, Linear, Rotation, Scatter)
+    }
+    for kind, backend in served.items():
+        add_backend("cpu", kind, backend)
+    with use_backend("triton"), torch.no_grad():
+        yield
+    for kind, backend in served.items():
+        remove_backend("cpu", kind, backend)
+
+
+@pytest.mark.usefixtures("served_as_on_npu")
+@pytest.mark.parametrize("call", SAMPLES.values(), ids=SAMPLES)
+def test_sample_calls(call: SampleCall) -> None:
+    """Of all strides; what is found is in descales and interleaved pairs, as above."""
+    with started() as starts:
+        call.operator(*call.args, **call.kwargs)
+    assert starts
+    for start in starts:
+        text = lower(start.kernel, start.signature, start.constants)
+        assert {finding.kind for finding in lint(text)} <= {"strided"}
+        assert demand(text).fits, f"{start.name}: {demand(text)}"

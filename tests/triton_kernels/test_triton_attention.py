@@ -36,17 +36,23 @@ def assert_close(out: Tensor, want: Tensor, dtype: torch.dtype, coarse: float = 
     torch.testing.assert_close(out.double(), want, rtol=2 * RELATIVE[dtype], atol=slack)
 
 
+def is_simulated(call: dict[str, Any]) -> bool:
+    """Not bfloat16 beside 8 bits, which the interpreter does not convert to it."""
+    keys = call["k_cache"] if "k_cache" in call else call["k"]
+    return bool(call["q"].dtype != torch.bfloat16 or keys.dtype == torch.bfloat16)
+
+
 class TestRandomCalls:
-    @examples(30)
-    @given(dense_calls(DTYPES, HEADDIMS))
+    @examples(15)
+    @given(dense_calls(DTYPES, HEADDIMS).filter(is_simulated))
     def test_dense(self, call: dict[str, Any]) -> None:
         out, lse = fa3_ops.flash_attn_func(**call, return_attn_probs=True)
         want, want_lse = reference.batched(**call)
         assert_close(out, want, call["q"].dtype)
         assert_lse(lse, want_lse, 1e-4)
 
-    @examples(30)
-    @given(varlen_calls(DTYPES, HEADDIMS))
+    @examples(15)
+    @given(varlen_calls(DTYPES, HEADDIMS).filter(is_simulated))
     def test_varlen(self, call: dict[str, Any]) -> None:
         bounds = {"max_seqlen_q": 40, "max_seqlen_k": 70}
         out, lse = fa3_ops.flash_attn_varlen_func(**call, **bounds, return_attn_probs=True)
@@ -54,8 +60,8 @@ class TestRandomCalls:
         assert_close(out, want, call["q"].dtype)
         assert_lse(lse, want_lse, 1e-4)
 
-    @examples(30)
-    @given(kvcache_calls(DTYPES, HEADDIMS))
+    @examples(15)
+    @given(kvcache_calls(DTYPES, HEADDIMS).filter(is_simulated))
     def test_kvcache(self, call: dict[str, Any]) -> None:
         hide_pages(call)
         ours = call | {"k_cache": call["k_cache"].clone(), "v_cache": call["v_cache"].clone()}
@@ -74,14 +80,15 @@ class TestBits:
 
     def rows(self, dtype: torch.dtype, keys: int) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
-        q, k, v = (torch.randn(2, n, h, 16, generator=generator) for n, h in ((5, 6), (keys, 2), (keys, 2)))
+        sizes = ((5, 6), (keys, 2), (keys, 2))
+        q, k, v = (torch.randn(2, n, heads, 16, generator=generator) for n, heads in sizes)
         return q.to(dtype), k.to(dtype), v.to(dtype)
 
     @pytest.mark.parametrize("window_size", [(-1, -1), (700, 0)], ids=str)
     def test_chunks_as_work_items(
         self, dtype: torch.dtype, window_size: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        q, k, v = self.rows(dtype, 1300)
+        q, k, v = (x[:1, :, :1] for x in self.rows(dtype, 1100))
         options = {"causal": True, "window_size": window_size, "return_attn_probs": True}
         want = fa3_ops.flash_attn_func(q, k, v, **options)
         monkeypatch.setattr(attention, "processors", lambda device: 1000)

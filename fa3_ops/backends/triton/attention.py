@@ -133,7 +133,8 @@ def attend(call: Attention, most_rows: int) -> tuple[Tensor, Tensor]:
     softcap = call.softcap or None
     left, right = (None if n < 0 else n for n in call.window_size)
     limits = (left, right, call.attention_chunk or None)
-    descales = tuple(_by_head(call, x) for x in (call.q_descale, call.k_descale, call.v_descale))
+    q_descale = call.q_descale if call.is_fp8 else None
+    descales = tuple(_by_head(call, x) for x in (q_descale, call.k_descale, call.v_descale))
     descale_strides = tuple(n for x in descales for n in ((0, 0) if x is None else x.stride()))
     slopes = call.alibi_slopes
     assert call.softmax_scale is not None

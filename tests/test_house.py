@@ -16,6 +16,7 @@ PACKAGE = sorted((ROOT / "fa3_ops").rglob("*.py")) + sorted((ROOT / "meta_kernel
 # Where one device's names may stand.
 ITS_OWN = ("fa3_ops/backends/npu/", "fa3_ops/tools/", "fa3_ops/integrations/")
 MOST_LINES = 60
+MOST_LINES_OF_KERNELS = 85  # whose calls name thirty arguments, having no way to bundle them
 
 
 def test_the_names_of_a_device_stand_in_its_folder_alone() -> None:
@@ -39,8 +40,12 @@ def bodies(path: Path) -> Iterator[tuple[str, int]]:
 
 
 def test_every_function_fits_a_screen() -> None:
-    long = {name: n for path in PACKAGE for name, n in bodies(path) if n > MOST_LINES}
+    long = {name: n for path in PACKAGE for name, n in bodies(path) if n > most_lines(path)}
     assert long == {}
+
+
+def most_lines(path: Path) -> int:
+    return MOST_LINES_OF_KERNELS if path.parent.name == "kernels" else MOST_LINES
 
 
 def test_integrations_call_public_functions_alone() -> None:

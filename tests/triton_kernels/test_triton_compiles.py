@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).with_name("compile_for_cuda.py")
+ATTENTION = ["attention", "combine", "prefill"]
 KERNELS = [
     *("apply_rotary", "cache_writes", "flash_attn_combine"),
     *("gradients_of_keys", "gradients_of_rows", "linear", "row_terms"),
@@ -28,8 +29,13 @@ def compiled(what: str, cache: Path) -> list[str]:
 
 
 def test_the_kernels_compile_for_an_h100(tmp_path: Path) -> None:
-    assert sorted(set(compiled("samples", tmp_path))) == KERNELS
+    assert sorted(set(compiled("samples", tmp_path))) == sorted([*KERNELS, "attention"])
 
 
 def test_other_lengths_compile_nothing(tmp_path: Path) -> None:
-    assert compiled("lengths", tmp_path) == KERNELS
+    chunks_and_whole = ["attention", *ATTENTION]
+    assert compiled("lengths", tmp_path) == sorted(KERNELS + chunks_and_whole)
+
+
+def test_attention_compiles_for_an_h100(tmp_path: Path) -> None:
+    assert sorted(set(compiled("attention", tmp_path))) == ATTENTION

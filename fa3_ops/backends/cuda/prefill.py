@@ -43,7 +43,7 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def prefills_on_hopper(call: Attention) -> bool:
-    """Whether the call has tiles for every processor, and nothing but a causal mask."""
+    """Whether the call fills tiles for every processor, and has nothing but a causal mask."""
     group = call.nheads // call.nheads_k
     tiles = -(-call.seqlen_q * group // ROWS_OF_A_TILE) * call.batch_size * call.nheads_k
     return (
@@ -59,6 +59,7 @@ def prefills_on_hopper(call: Attention) -> bool:
         and all(getattr(call, name) is None for name in NOT_SERVED)
         and (call.page_table is None or call.k.shape[1] % keys_of_a_block(call) == 0)
         and all(is_copyable(x) for x in (call.q, call.k, call.v))
+        and call.seqlen_q * group > ROWS_OF_A_TILE // 2
         and tiles >= processors(call.q.device)
         and is_hopper(call.q.device)
     )

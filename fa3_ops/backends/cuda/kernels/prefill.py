@@ -334,6 +334,7 @@ def produce(
 
 @gluon.jit(do_not_specialize=[
     "batch_size", "seqlen_q", "total_q", "capacity", "num_pages", "tiles", "work_items",
+    "table_row",
 ])
 def prefill(
     q, k, v, out, softmax_lse, pages, q_begins, k_begins, seqused_k,

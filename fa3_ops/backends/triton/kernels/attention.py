@@ -291,6 +291,7 @@ def attend(
 @triton.jit(do_not_specialize=[
     "batch_size", "seqlen_q", "total_q", "capacity", "entries", "num_pages", "tiles", "num_chunks",
     "work_items", "softmax_scale", "softcap", "window_left", "window_right", "attention_chunk",
+    "table_row", "part_stride",
 ])
 def attention(
     q, k, v, qv, k_described, k_rest_described, v_described, out, softmax_lse, part_out, part_ml,
@@ -379,7 +380,7 @@ def attention(
 
 @triton.jit(do_not_specialize=[
     "seqlen_q", "total_q", "capacity", "num_chunks", "work_items", "softmax_scale",
-    "window_left", "window_right", "attention_chunk",
+    "window_left", "window_right", "attention_chunk", "part_stride",
 ])
 def combine(
     part_out, part_ml, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,

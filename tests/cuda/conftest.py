@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         here = Path(__file__).parent
         for item in (item for item in items if item.path.is_relative_to(here)):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
-
-
-@pytest.fixture(scope="session")
-def on_gpu() -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A call with its tensors on the GPU, strides kept."""
-    return moved
 
 
 def moved(call: dict[str, Any], device: str = "cuda") -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fa3_ops.backends.backend import Run
 from fa3_ops.backends.call import Attention
+from fa3_ops.backends.cuda.alignment import is_aligned
 from fa3_ops.backends.triton.attention import NEIGHBOURS, TritonAttention, results
 from fa3_ops.backends.triton.device import processors
 from fa3_ops.backends.triton.launch import launch
@@ -58,16 +59,11 @@ def prefills_on_hopper(call: Attention) -> bool:
         and (call.softmax_scale or 0.0) > 0.0
         and all(getattr(call, name) is None for name in NOT_SERVED)
         and (call.page_table is None or call.k.shape[1] % keys_of_a_block(call) == 0)
-        and all(is_copyable(x) for x in (call.q, call.k, call.v))
+        and all(is_aligned(x) for x in (call.q, call.k, call.v))
         and call.seqlen_q * group > ROWS_OF_A_TILE // 2
         and tiles >= processors(call.q.device)
         and is_hopper(call.q.device)
     )
-
-
-def is_copyable(x: Tensor) -> bool:
-    """Whether a descriptor can name it: addresses and strides of 16 bytes."""
-    return x.data_ptr() % 16 == 0 and all(n % 8 == 0 for n in x.stride()[:-1])
 
 
 def keys_of_a_block(call: Attention) -> int:

@@ -13,6 +13,7 @@ from fa3_ops.backends.backend import Backend, Run
 from fa3_ops.backends.call import Attention
 from fa3_ops.backends.triton.device import has_descriptors, processors, programs, reasons_against
 from fa3_ops.backends.triton.launch import launch
+from fa3_ops.backends.triton.rows import strides
 from fa3_ops.backends.triton.schedule import (
     CHUNK,
     Schedule,
@@ -181,7 +182,7 @@ def attend(call: Attention, most_rows: int) -> tuple[Tensor, Tensor]:
         *(call.batch_size, call.seqlen_q, call.q.shape[0], work.capacity),
         *(_entries(call), call.k.shape[0], plan.tiles, work.num_chunks, items),
         *(call.softmax_scale, call.softcap or None, *shared.limits),
-        *(*_strides(call.q), *_strides(call.qv), *_strides(call.k), *_strides(call.v)),
+        *(*strides(call.q), *strides(call.qv), *strides(call.k), *strides(call.v)),
         *(0 if call.page_table is None else call.page_table.stride(0), *shared.descale_strides),
         *(0 if slopes is None or slopes.dim() == 1 else slopes.stride(0), rows, call.nheads_k),
         HEADDIM=call.headdim,
@@ -258,14 +259,6 @@ def described(x: Tensor, rows: int, columns: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, columns])
-
-
-def _strides(x: Tensor | None) -> tuple[int, int, int]:
-    """Of (batch entry or page, row, head)."""
-    if x is None:
-        return 0, 0, 0
-    *batch, row, head, _ = x.stride()
-    return batch[0] if batch else 0, row, head
 
 
 def _entries(call: Attention) -> int:

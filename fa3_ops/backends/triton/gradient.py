@@ -14,6 +14,7 @@ from fa3_ops.backends.call import Attention, Gradient
 from fa3_ops.backends.triton.attention import described
 from fa3_ops.backends.triton.device import has_descriptors, missing, programs, reasons_against
 from fa3_ops.backends.triton.launch import launch
+from fa3_ops.backends.triton.rows import strides
 from fa3_ops.backends.triton.schedule import parts_of, power_of_two
 
 NEIGHBOURS = 8  # pairs of sequence and KV head that are at work together
@@ -163,7 +164,7 @@ def terms_of_rows(request: Gradient) -> tuple[Tensor, Tensor]:
         programs(items, call.device),
         *(dout, out, lse, request.dsoftmax_lse, shift, delta, call.cu_seqlens_q, call.seqused_q),
         *(call.batch_size, call.seqlen_q, call.q.shape[0], tiles, items),
-        *(*_strides(dout), *_strides(out), call.nheads),
+        *(*strides(dout), *strides(out), call.nheads),
         HEADDIM_V=call.headdim_v,
         DIM_V=power_of_two(call.headdim_v),
         BLOCK_M=ROWS_OF_TERMS,
@@ -192,7 +193,7 @@ def sum_over(
         *(call.k.shape[1 if call.cu_seqlens_k is None else 0], tiles, items),
         *(call.softmax_scale, call.softcap or None, left, right),
         min(call.attention_chunk, FARTHEST) or None,
-        *(*_strides(call.q), *_strides(call.k), *_strides(call.v), *_strides(dout)),
+        *(*strides(call.q), *strides(call.k), *strides(call.v), *strides(dout)),
         slopes.stride(0) if slopes is not None and slopes.dim() == 2 else 0,
         call.nheads_k,
         GROUP=call.nheads // call.nheads_k,
@@ -208,9 +209,3 @@ def sum_over(
         num_warps=blocks.num_warps,
         num_stages=blocks.num_stages,
     )
-
-
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Of (batch entry, row, head)."""
-    *batch, row, head, _ = x.stride()
-    return batch[0] if batch else 0, row, head

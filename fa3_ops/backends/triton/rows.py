@@ -26,8 +26,10 @@ def ints(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
-def strides(x: Tensor) -> tuple[int, int, int]:
+def strides(x: Tensor | None) -> tuple[int, int, int]:
     """Of (batch entry or page, row, head)."""
+    if x is None:
+        return 0, 0, 0
     *batch, row, head, _ = x.stride()
     return batch[0] if batch else 0, row, head
 

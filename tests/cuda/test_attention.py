@@ -15,6 +15,9 @@ from torch import Tensor
 
 import fa3_ops
 from fa3_ops import reference
+from fa3_ops.backends import Attention
+from fa3_ops.backends.cuda import prefill
+from fa3_ops.backends.triton.attention import MOST_ROWS, attend
 from fa3_ops.testing import FunctionCall, recorded_calls
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
@@ -90,3 +93,36 @@ def test_as_exact_as_the_recorded_kernel(call: FunctionCall) -> None:
     out, softmax_lse = call.function(**arguments)
     on_cpu = {n: x.cpu() if isinstance(x, Tensor) else x for n, x in arguments.items()}
     assert call.disagreements(out.cpu(), softmax_lse.cpu(), on_cpu) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("headdim", [64, 128])
+@pytest.mark.parametrize("layout", ["dense", "packed", "paged"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_hoppers_prefill_has_the_bits_of_triton(
+    dtype: torch.dtype, headdim: int, layout: str, causal: bool
+) -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("not a Hopper GPU")
+    call = prefill_call(dtype, headdim, layout, causal)
+    assert prefill.prefills_on_hopper(call)
+    want = attend(call, MOST_ROWS)
+    assert all(map(torch.equal, prefill.prefill(call), want))
+
+
+def prefill_call(dtype: torch.dtype, headdim: int, layout: str, causal: bool) -> Attention:
+    """Of sequences whose lengths are no multiples, more keys than rows of q, over some chunks."""
+    shapes = ((2, 700, 32, headdim), (2, 1344, 8, headdim), (2, 1344, 8, headdim))
+    q, k, v = (torch.randn(shape, device="cuda").to(dtype) for shape in shapes)
+    more: dict[str, Any] = {}
+    if layout == "packed":
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        ends_q, ends_k = ([0, 613, 1400], [0, 700, 2650])
+        more = {"max_seqlen_q": 787, "max_seqlen_k": 1950}
+        for name, ends in (("cu_seqlens_q", ends_q), ("cu_seqlens_k", ends_k)):
+            more[name] = torch.tensor(ends, dtype=torch.int32, device="cuda")
+    if layout == "paged":
+        k, v = (x.reshape(42, 64, 8, headdim) for x in (k, v))
+        more["page_table"] = torch.randperm(42, device="cuda").int().view(2, 21)
+        more["seqused_k"] = torch.tensor([1301, 777], dtype=torch.int32, device="cuda")
+    return Attention(q=q, k=k, v=v, causal=causal, **more)

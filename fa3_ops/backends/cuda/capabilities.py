@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fa3_ops.backends.call import Attention, Gradient
-from fa3_ops.backends.cuda.alignment import BYTES, is_aligned
+from fa3_ops.backends.lowering.alignment import BYTES, is_aligned
 
 HeadDims = Collection[tuple[range, range]]  # of q and k, and of v
 

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from fa3_ops.backends.backend import AnyRequest, Backend, Run
 from fa3_ops.backends.call import Attention, Gradient
-from fa3_ops.backends.cuda.alignment import aligned, contiguous
 from fa3_ops.backends.cuda.capabilities import (
     Capabilities,
     has_lengths,
     no_gradient,
     not_supported,
 )
+from fa3_ops.backends.lowering.alignment import aligned, contiguous
 from fa3_ops.backends.lowering.completion import blind_rows, clear, count_sinks
 from fa3_ops.backends.lowering.keys import bound, select_table_rows, without_hidden_pages
 

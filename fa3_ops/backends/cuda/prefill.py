@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fa3_ops.backends.backend import Run
 from fa3_ops.backends.call import Attention
-from fa3_ops.backends.cuda.alignment import is_aligned
-from fa3_ops.backends.triton.attention import NEIGHBOURS, TritonAttention, results
+from fa3_ops.backends.lowering.alignment import is_aligned
+from fa3_ops.backends.triton.attention import NEIGHBOURS, TritonAttention, capacity_of, results
 from fa3_ops.backends.triton.device import processors
 from fa3_ops.backends.triton.launch import launch
 from fa3_ops.backends.triton.schedule import CHUNK, block_n
@@ -48,7 +48,8 @@ def prefills_on_hopper(call: Attention) -> bool:
     group = call.nheads // call.nheads_k
     tiles = -(-call.seqlen_q * group // ROWS_OF_A_TILE) * call.batch_size * call.nheads_k
     return (
-        call.q.dtype in (torch.float16, torch.bfloat16)
+        call.seqlen_q * group > ROWS_OF_A_TILE // 2  # first: most calls are decodes
+        and call.q.dtype in (torch.float16, torch.bfloat16)
         and call.k.dtype == call.q.dtype
         and call.headdim == call.headdim_v
         and call.headdim in STAGES
@@ -60,7 +61,6 @@ def prefills_on_hopper(call: Attention) -> bool:
         and all(getattr(call, name) is None for name in NOT_SERVED)
         and (call.page_table is None or call.k.shape[1] % keys_of_a_block(call) == 0)
         and all(is_aligned(x) for x in (call.q, call.k, call.v))
-        and call.seqlen_q * group > ROWS_OF_A_TILE // 2
         and tiles >= processors(call.q.device)
         and is_hopper(call.q.device)
     )
@@ -78,10 +78,7 @@ def prefill(call: Attention) -> tuple[Tensor, Tensor]:
     tiles = -(-call.seqlen_q * group // ROWS_OF_A_TILE)
     items = tiles * call.batch_size * call.nheads_k
     page_size = 0 if call.page_table is None else call.k.shape[1]
-    capacity = call.k.shape[0 if call.cu_seqlens_k is not None else 1]
     table = lse if call.page_table is None else call.page_table
-    if call.page_table is not None:
-        capacity *= call.page_table.shape[1]
     lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k)
     launch(
         kernel,
@@ -90,7 +87,8 @@ def prefill(call: Attention) -> tuple[Tensor, Tensor]:
         described(call.k, call.cu_seqlens_k is not None, keys, 1),
         described(call.v, call.cu_seqlens_k is not None, keys, 1),
         *(out, lse, table, *(lse if x is None else x for x in lengths)),
-        *(call.batch_size, call.seqlen_q, call.q.shape[0], capacity, call.k.shape[0], tiles, items),
+        *(call.batch_size, call.seqlen_q, call.q.shape[0], capacity_of(call)),
+        *(call.k.shape[0], tiles, items),
         *(call.softmax_scale, table.stride(0), call.nheads_k),
         GROUP=group,
         DIM=call.headdim,

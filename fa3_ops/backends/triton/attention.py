@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fa3_ops.backends.backend import Backend, Run
 from fa3_ops.backends.call import Attention
+from fa3_ops.backends.lowering.alignment import is_aligned
 from fa3_ops.backends.triton.device import has_descriptors, processors, programs, reasons_against
 from fa3_ops.backends.triton.launch import launch
 from fa3_ops.backends.triton.rows import strides
@@ -63,15 +64,13 @@ class Work:
 
     block_n: int
     schedule: Schedule
-    capacity: int  # keys that a sequence has room for, or rows of packed k
+    capacity: int
     num_chunks: int  # that a tile of rows touches at most, where they are work items
 
     @staticmethod
     def of(call: Attention, most_rows: int) -> Work:
         dtype, dims = call.q.dtype, (call.headdim, call.headdim_v)
-        capacity = longest = call.k.shape[0 if call.cu_seqlens_k is not None else 1]
-        if call.page_table is not None:
-            capacity = longest = capacity * call.page_table.shape[1]
+        capacity = longest = capacity_of(call)
         if call.cu_seqlens_k is not None:
             longest = min(call.max_seqlen_k or 0, capacity)
         num_chunks = chunks_of_a_tile(call, longest, most_rows)
@@ -87,6 +86,13 @@ class Work:
             most_rows,
         )
         return Work(block_n(dtype, *dims), plan, capacity, num_chunks if plan.split else 1)
+
+
+def capacity_of(call: Attention) -> int:
+    """Keys that a sequence has room for, or rows of packed k."""
+    if call.cu_seqlens_k is not None:
+        return call.k.shape[0]
+    return call.k.shape[1] * (1 if call.page_table is None else call.page_table.shape[1])
 
 
 def chunks_of_a_tile(call: Attention, capacity: int, tokens: int) -> int:
@@ -250,8 +256,8 @@ def describes(call: Attention, work: Work) -> bool:
         and sum(parts_of(call.headdim)) == call.headdim
         and power_of_two(call.headdim_v) == call.headdim_v
         and layout_of(call, work.block_n) != PAGES
-        and all(x.data_ptr() % 16 == 0 for x in (call.k, call.v))
-        and all(n % 8 == 0 for x in (call.k, call.v) for n in x.stride()[:-1])
+        and is_aligned(call.k)
+        and is_aligned(call.v)
     )
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fa3_ops.backends.backend import Backend, Run
 from fa3_ops.backends.call import Attention, Gradient
-from fa3_ops.backends.triton.attention import described
+from fa3_ops.backends.lowering.alignment import is_aligned
+from fa3_ops.backends.triton.attention import capacity_of, described
 from fa3_ops.backends.triton.device import has_descriptors, missing, programs, reasons_against
-from fa3_ops.backends.triton.launch import launch
+from fa3_ops.backends.triton.launch import launch, unit_last_stride
 from fa3_ops.backends.triton.rows import strides
 from fa3_ops.backends.triton.schedule import parts_of, power_of_two
 
@@ -87,7 +88,7 @@ class TritonGradient(Backend[Gradient]):
 
 
 def _unit(x: Tensor | None) -> Any:
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+    return None if x is None else unit_last_stride(x)
 
 
 def differentiate(request: Gradient, keys: Blocks, rows: Blocks) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,13 +127,7 @@ def sees_everything(call: Attention) -> bool:
 
 
 def is_describable(x: Tensor) -> bool:
-    strides = (n * x.element_size() for n in x.stride()[:-1])
-    return (
-        has_descriptors(x.device)
-        and x.element_size() == 2
-        and x.data_ptr() % 16 == 0
-        and all(n > 0 and n % 16 == 0 for n in strides)
-    )
+    return has_descriptors(x.device) and x.element_size() == 2 and is_aligned(x)
 
 
 def results(call: Attention) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,7 +185,7 @@ def sum_over(
         *(call.q, call.k, call.v, dout, *own),
         *(call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k, slopes),
         *(call.batch_size, call.seqlen_q, call.q.shape[0]),
-        *(call.k.shape[1 if call.cu_seqlens_k is None else 0], tiles, items),
+        *(capacity_of(call), tiles, items),
         *(call.softmax_scale, call.softcap or None, left, right),
         min(call.attention_chunk, FARTHEST) or None,
         *(*strides(call.q), *strides(call.k), *strides(call.v), *strides(dout)),

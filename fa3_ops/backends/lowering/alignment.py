@@ -1,4 +1,4 @@
-"""Memory as Hopper's tensor copies (TMA) read it."""
+"""Memory as devices copy it by whole blocks (TMA)."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from fa3_ops.backends.triton.launch import launch
 from fa3_ops.backends.triton.schedule import CHUNK, block_n
 
 ROWS_OF_A_TILE = 128
-STAGES = {64: 6, 128: 4}  # of k and v in shared memory, by head dimension
+STAGES = {64: 8, 128: 4}  # of k and v in shared memory, by head dimension; powers of 2
 NOT_SERVED = (
     *("qv", "seqused_q", "cache_batch_idx", "cache_leftpad", "cache_start"),
     *("alibi_slopes", "sinks"),

@@ -1,6 +1,6 @@
 """Prefill on Hopper: the sums of triton/kernels/attention.py in the same order, so the same bits.
 
-One warp copies q, k and v by descriptors; two warpgroups take 64 rows of a tile each. A block's
+One warp copies q, k and v by descriptors; three warpgroups take 64 rows of a tile each. A block's
 product of q and k runs while the product of weights and v of the block before does.
 """
 # fmt: off
@@ -18,9 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 NONE = gl.constexpr(-1.0e30)  # as triton/kernels/softmax.py has these
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-BITS_OF_2 = gl.constexpr(0x40000000)
 UNIT = gl.constexpr(2.0**-22)
 ROWS = gl.constexpr(64)  # of a warpgroup
+WARPGROUPS = gl.constexpr(2)
 
 
 @gluon.jit
@@ -36,7 +36,7 @@ def tile_of(
     size = gl.minimum(NEIGHBOURS, batch_size * nheads_k - before)
     pair = before + at % size
     b = pair // nheads_k
-    token = (tiles - 1 - at // size) * (2 * ROWS // GROUP)
+    token = (tiles - 1 - at // size) * (WARPGROUPS * ROWS // GROUP)
     q_begin = 0
     rows = seqlen_q
     if PACKED_Q:
@@ -53,7 +53,7 @@ def tile_of(
     high = keys
     full = keys
     if CAUSAL:
-        high = gl.minimum(keys, keys - rows + token + 2 * ROWS // GROUP)
+        high = gl.minimum(keys, keys - rows + token + WARPGROUPS * ROWS // GROUP)
         full = gl.minimum(keys, keys - rows + token + 1)
     high = gl.where(token < rows, high, 0)
     blocks = gl.maximum(high + BLOCK_N - 1, 0) // BLOCK_N
@@ -62,12 +62,36 @@ def tile_of(
 
 
 @gluon.jit
+def place_of(n, STAGES: gl.constexpr):
+    """(stage, phase of its barriers) of the n-th block of a program."""
+    return n & (STAGES - 1), ((n & STAGES) != 0).to(gl.int32)
+
+
+@gluon.jit
+def row_max(x, SCORES: gl.constexpr):
+    ROWS_: gl.constexpr = x.shape[0]
+    a, b = gl.split(x.reshape([ROWS_, x.shape[1] // 2, 2]))
+    x = gl.maximum(a, b)
+    a, b = gl.split(x.reshape([ROWS_, 2, x.shape[1] // 2]).permute((0, 2, 1)))
+    x = gl.maximum(a, b)
+    a, b = gl.split(x.reshape([ROWS_, 2, x.shape[1] // 2]).permute((0, 2, 1)))
+    x = gl.maximum(a, b)
+    return gl.convert_layout(gl.max(x, 1), gl.SliceLayout(1, SCORES), assert_trivial=True)
+
+
+@gluon.jit
+def await_filled(filled, n, STAGES: gl.constexpr):
+    stage, phase = place_of(n, STAGES)
+    mbarrier.wait(filled.index(stage), phase)
+
+
+@gluon.jit
 def weights(scores, m, total, c, SCORES: gl.constexpr):
-    greatest = gl.maximum(m, gl.max(scores, 1))
+    greatest = gl.maximum(m, row_max(scores, SCORES))
     zero = gl.full(scores.shape, 0.0, gl.float32, layout=SCORES)
     p = gl.exp2(gl.fma(scores, zero + c, (-greatest * c)[:, None] + zero))
     alpha = gl.exp2((m - greatest) * c)
-    units = (p + 2.0).to(gl.int32, bitcast=True) - BITS_OF_2
+    units = (p + 2.0).to(gl.int32, bitcast=True)
     total = gl.fma(total, alpha, gl.sum(units, 1).to(gl.float32) * UNIT)
     return p, greatest, total, alpha
 
@@ -120,21 +144,17 @@ def sums_layout(dim):
 
 @gluon.jit
 def step(
-    j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
-    k_full, k_empty, v_full, v_empty, last_seen, c,
+    j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers, filled, emptied,
+    last_seen, c,
     BLOCK_N: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, NEW_CHUNK: gl.constexpr,
     MASKED: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr, WEIGHTS: gl.constexpr,
 ):
     """Scores and weights of block j, and the values of the block before it."""
-    stage = (at + j) % STAGES
-    mbarrier.wait(k_full.index(stage), ((at + j) // STAGES) & 1)
+    stage, _ = place_of(at + j, STAGES)
     pending_scores = scores_of(q, k_buffers.index(stage), BLOCK_N, DIM, SCORES)
-    before = (at + j - 1) % STAGES
-    mbarrier.wait(v_full.index(before), ((at + j - 1) // STAGES) & 1)
-    values = as_matrix(v_buffers.index(before), BLOCK_N, DIM)
-    pending = warpgroup_mma(p, values, acc, is_async=True)
+    pending = warpgroup_mma(p, as_matrix(v_buffers.index(stage), BLOCK_N, DIM), acc, is_async=True)
+    await_filled(filled, at + j + 1, STAGES)
     scores = warpgroup_mma_wait(1, deps=[pending_scores])
-    mbarrier.arrive(k_empty.index(stage), count=1)
     if MASKED:
         key = j * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
         scores = gl.where(key[None, :] <= last_seen[:, None], scores, float("-inf"))
@@ -145,7 +165,7 @@ def step(
         total = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, SCORES))
     weight, m, total, alpha = weights(scores, m, total, c, SCORES)
     acc = warpgroup_mma_wait(0, deps=[pending])
-    mbarrier.arrive(v_empty.index(before), count=1)
+    mbarrier.arrive(emptied.index(stage), count=1)
     if NEW_CHUNK:
         m_all, total_all, acc = merge(
             m_all, total_all, acc_all.load(SUMS), m_before, total_before, acc, c, SUMS
@@ -160,7 +180,7 @@ def step(
 
 @gluon.jit
 def consume(
-    sums, q_buffers, k_buffers, v_buffers, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    sums, q_buffers, k_buffers, v_buffers, q_full, q_empty, filled, emptied,
     out, softmax_lse, q_begins, k_begins, seqused_k,
     batch_size, seqlen_q, total_q, capacity, nheads_k, tiles, work_items, c,
     WHICH: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, DIM: gl.constexpr,
@@ -172,7 +192,6 @@ def consume(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     OF_ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     BLOCKS: gl.constexpr = CHUNK // BLOCK_N
-    q = as_matrix(q_buffers.index(WHICH), ROWS, DIM)
     acc_all = sums.index(WHICH)
     at = 0
     round = 0
@@ -193,11 +212,14 @@ def consume(
             last_seen = gl.minimum(keys - rows + own, keys - 1)
         if blocks > 0:
             mbarrier.wait(q_full, round & 1)
-            stage = at % STAGES
-            mbarrier.wait(k_full.index(stage), (at // STAGES) & 1)
+            q = as_matrix(q_buffers.index(WHICH), ROWS, DIM).load(gl.DotOperandLayout(0, SCORES, 2))
+            mbarrier.arrive(q_empty, count=1)
+            await_filled(filled, at, STAGES)
+            stage, _ = place_of(at, STAGES)
             pending = scores_of(q, k_buffers.index(stage), BLOCK_N, DIM, SCORES)
+            await_filled(filled, at + 1, STAGES)
             scores = warpgroup_mma_wait(0, deps=[pending])
-            mbarrier.arrive(k_empty.index(stage), count=1)
+            mbarrier.arrive(emptied.index(stage), count=1)
             key = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, SCORES))
             scores = gl.where(key[None, :] <= last_seen[:, None], scores, float("-inf"))
             weight, m, total, alpha = weights(scores, m, total, c, SCORES)
@@ -205,49 +227,47 @@ def consume(
             for j in range(1, gl.minimum(BLOCKS, full)):
                 p, m, total, acc, m_all, total_all = step(
                     j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
-                    k_full, k_empty, v_full, v_empty, last_seen, c,
+                    filled, emptied, last_seen, c,
                     BLOCK_N, DIM, STAGES, False, False, SCORES, SUMS, WEIGHTS,
                 )
             for begin in range(BLOCKS, full, BLOCKS):
                 p, m, total, acc, m_all, total_all = step(
                     begin, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
-                    k_full, k_empty, v_full, v_empty, last_seen, c,
+                    filled, emptied, last_seen, c,
                     BLOCK_N, DIM, STAGES, True, False, SCORES, SUMS, WEIGHTS,
                 )
                 for j in range(begin + 1, gl.minimum(begin + BLOCKS, full)):
                     p, m, total, acc, m_all, total_all = step(
                         j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
-                        k_full, k_empty, v_full, v_empty, last_seen, c,
+                        filled, emptied, last_seen, c,
                         BLOCK_N, DIM, STAGES, False, False, SCORES, SUMS, WEIGHTS,
                     )
             for j in range(gl.maximum(full, 1), blocks):
                 if j % BLOCKS == 0:
                     p, m, total, acc, m_all, total_all = step(
                         j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
-                        k_full, k_empty, v_full, v_empty, last_seen, c,
+                        filled, emptied, last_seen, c,
                         BLOCK_N, DIM, STAGES, True, True, SCORES, SUMS, WEIGHTS,
                     )
                 else:
                     p, m, total, acc, m_all, total_all = step(
                         j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
-                        k_full, k_empty, v_full, v_empty, last_seen, c,
+                        filled, emptied, last_seen, c,
                         BLOCK_N, DIM, STAGES, False, True, SCORES, SUMS, WEIGHTS,
                     )
-            mbarrier.arrive(q_empty, count=1)
-            last = (at + blocks - 1) % STAGES
-            mbarrier.wait(v_full.index(last), ((at + blocks - 1) // STAGES) & 1)
+            last, _ = place_of(at + blocks, STAGES)
             if keys < blocks * BLOCK_N:
                 clear_behind(v_buffers.index(last), keys - (blocks - 1) * BLOCK_N, BLOCK_N, DIM)
             values = as_matrix(v_buffers.index(last), BLOCK_N, DIM)
             acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, values, acc, is_async=True)])
-            mbarrier.arrive(v_empty.index(last), count=1)
+            mbarrier.arrive(emptied.index(last), count=1)
             round += 1
+            at += blocks + 1
         m, total, acc = merge(m_all, total_all, acc_all.load(SUMS), m, total, acc, c, SUMS)
         store(
             out, softmax_lse, m, total, acc, c, b, q_begin, rows, token, head_k, seqlen_q, total_q,
             nheads_k, not PACKED_Q, WHICH, GROUP, DIM, SCORES, SUMS,
         )
-        at += blocks
 
 
 @gluon.jit
@@ -284,13 +304,14 @@ def store(
 
 @gluon.jit
 def produce(
-    q, k, v, pages, table_row, q_buffers, k_buffers, v_buffers, q_full, q_empty, k_full, k_empty,
-    v_full, v_empty, q_begins, k_begins, seqused_k,
+    q, k, v, pages, table_row, q_buffers, k_buffers, v_buffers, q_full, q_empty, filled, emptied,
+    q_begins, k_begins, seqused_k,
     batch_size, seqlen_q, total_q, capacity, num_pages, nheads_k, tiles, work_items,
     GROUP: gl.constexpr, BLOCK_N: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr,
     PAGE_SIZE: gl.constexpr, NEIGHBOURS: gl.constexpr, CAUSAL: gl.constexpr,
     PACKED_Q: gl.constexpr, PACKED_K: gl.constexpr, USED_K: gl.constexpr,
 ):
+    """A stage gets a block of k and the block of v before it, which are wanted together."""
     at = 0
     round = 0
     for work in range(gl.program_id(0), work_items, gl.num_programs(0)):
@@ -304,32 +325,38 @@ def produce(
         q_entry = b
         if PACKED_Q:
             q_entry = 0
+        entry_before = entry
+        row_before = 0
         if blocks > 0:
             mbarrier.wait(q_empty, (round & 1) ^ 1)
-            mbarrier.expect(q_full, 2 * ROWS * DIM * 2)
-            for i in gl.static_range(2):
+            mbarrier.expect(q_full, WARPGROUPS * ROWS * DIM * 2)
+            for i in gl.static_range(WARPGROUPS):
                 place = [q_entry, q_begin + token + i * (ROWS // GROUP), head_k * GROUP, 0]
                 tma.async_copy_global_to_shared(q, place, q_full, q_buffers.index(i))
             round += 1
-        for j in range(blocks):
-            stage = (at + j) % STAGES
-            phase = (((at + j) // STAGES) & 1) ^ 1
-            row = k_begin + j * BLOCK_N
-            if PAGE_SIZE > 0:
-                page = gl.load(pages + b.to(gl.int64) * table_row + j * BLOCK_N // PAGE_SIZE)
-                entry = gl.minimum(gl.maximum(page, 0), num_pages - 1)
-                row = j * BLOCK_N % PAGE_SIZE
-            mbarrier.wait(k_empty.index(stage), phase)
-            mbarrier.expect(k_full.index(stage), BLOCK_N * DIM * 2)
-            tma.async_copy_global_to_shared(
-                k, [entry, row, head_k, 0], k_full.index(stage), k_buffers.index(stage)
-            )
-            mbarrier.wait(v_empty.index(stage), phase)
-            mbarrier.expect(v_full.index(stage), BLOCK_N * DIM * 2)
-            tma.async_copy_global_to_shared(
-                v, [entry, row, head_k, 0], v_full.index(stage), v_buffers.index(stage)
-            )
-        at += blocks
+            for j in range(blocks + 1):
+                row = k_begin + j * BLOCK_N
+                if PAGE_SIZE > 0:
+                    column = gl.minimum(j, blocks - 1) * BLOCK_N // PAGE_SIZE
+                    page = gl.load(pages + b.to(gl.int64) * table_row + column)
+                    entry = gl.minimum(gl.maximum(page, 0), num_pages - 1)
+                    row = j * BLOCK_N % PAGE_SIZE
+                stage, phase = place_of(at + j, STAGES)
+                mbarrier.wait(emptied.index(stage), phase ^ 1)
+                both = (j > 0) & (j < blocks)
+                mbarrier.expect(filled.index(stage), 2 * BLOCK_N * DIM * 2, pred=both)
+                mbarrier.expect(filled.index(stage), BLOCK_N * DIM * 2, pred=both ^ True)
+                tma.async_copy_global_to_shared(
+                    k, [entry, row, head_k, 0], filled.index(stage), k_buffers.index(stage),
+                    pred=j < blocks,
+                )
+                tma.async_copy_global_to_shared(
+                    v, [entry_before, row_before, head_k, 0], filled.index(stage),
+                    v_buffers.index(stage), pred=j > 0,
+                )
+                entry_before = entry
+                row_before = row
+            at += blocks + 1
 
 
 @gluon.jit(do_not_specialize=[
@@ -345,42 +372,38 @@ def prefill(
 ):
     """Tensors that USED_K, PACKED_Q, PACKED_K or a PAGE_SIZE of 0 make needless may be any."""
     dtype: gl.constexpr = q.dtype
-    q_buffers = gl.allocate_shared_memory(dtype, [2, 1, ROWS // GROUP, GROUP, DIM], q.layout)
+    q_buffers = gl.allocate_shared_memory(dtype, [WARPGROUPS, 1, ROWS // GROUP, GROUP, DIM], q.layout)
     k_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, DIM], k.layout)
     v_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, DIM], v.layout)
-    sums = gl.allocate_shared_memory(gl.float32, [2, ROWS, DIM], sums_layout(DIM))
+    sums = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, ROWS, DIM], sums_layout(DIM))
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    filled = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    emptied = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=2)
+    mbarrier.init(q_empty, count=WARPGROUPS)
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=2)
+        mbarrier.init(filled.index(i), count=1)
+        mbarrier.init(emptied.index(i), count=WARPGROUPS)
     fence_async_shared()
     c = softmax_scale * LOG2E
     gl.warp_specialize([
         (consume, (
-            sums, q_buffers, k_buffers, v_buffers, q_full, q_empty, k_full, k_empty, v_full,
-            v_empty, out, softmax_lse, q_begins, k_begins, seqused_k, batch_size, seqlen_q, total_q,
+            sums, q_buffers, k_buffers, v_buffers, q_full, q_empty, filled, emptied,
+            out, softmax_lse, q_begins, k_begins, seqused_k, batch_size, seqlen_q, total_q,
             capacity, nheads_k, tiles, work_items, c, 0,
             GROUP, BLOCK_N, DIM, STAGES, CHUNK, NEIGHBOURS, CAUSAL, PACKED_Q, PACKED_K, USED_K,
         )),
         (consume, (
-            sums, q_buffers, k_buffers, v_buffers, q_full, q_empty, k_full, k_empty, v_full,
-            v_empty, out, softmax_lse, q_begins, k_begins, seqused_k, batch_size, seqlen_q, total_q,
+            sums, q_buffers, k_buffers, v_buffers, q_full, q_empty, filled, emptied,
+            out, softmax_lse, q_begins, k_begins, seqused_k, batch_size, seqlen_q, total_q,
             capacity, nheads_k, tiles, work_items, c, 1,
             GROUP, BLOCK_N, DIM, STAGES, CHUNK, NEIGHBOURS, CAUSAL, PACKED_Q, PACKED_K, USED_K,
         )),
         (produce, (
             q, k, v, pages, table_row,
-            q_buffers, k_buffers, v_buffers, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+            q_buffers, k_buffers, v_buffers, q_full, q_empty, filled, emptied,
             q_begins, k_begins, seqused_k, batch_size, seqlen_q, total_q, capacity, num_pages,
             nheads_k, tiles, work_items,
             GROUP, BLOCK_N, DIM, STAGES, PAGE_SIZE, NEIGHBOURS, CAUSAL, PACKED_Q, PACKED_K, USED_K,

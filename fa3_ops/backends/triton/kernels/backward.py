@@ -63,15 +63,15 @@ def viewers(position, rows, end, window_left, window_right, attention_chunk):
 def viewers_of_block(
     block, rows, end, window_left, window_right, attention_chunk, BLOCK_N: tl.constexpr
 ):
-    """(low, high, first, last, first_full, last_full): the keys low..high of a block that any row
-    sees, the rows first..last that see any of them and those that see the whole block."""
+    """(low, high, first, last): the keys low..high of a block that any row sees, and the rows
+    first..last that see any of them."""
     low, _, high = range_of(0, rows - 1, rows, 0, end, window_left, window_right, attention_chunk)
     low = tl.maximum(low, block)
     high = tl.minimum(high, block + BLOCK_N)
-    first, last_full = viewers(low, rows, end, window_left, window_right, attention_chunk)
-    first_full, last = viewers(high - 1, rows, end, window_left, window_right, attention_chunk)
+    first, _ = viewers(low, rows, end, window_left, window_right, attention_chunk)
+    _, last = viewers(high - 1, rows, end, window_left, window_right, attention_chunk)
     last = tl.where(low < high, last, first)
-    return low, high, first, last, first_full, tl.where(high - low == BLOCK_N, last_full, 0)
+    return low, high, first, last
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def slope_of(alibi_slopes, b, head, batch_stride):
 @triton.jit
 def weights(
     scores, shift, token, position, rows, end, slope, scale, softcap, window_left, window_right,
-    attention_chunk, masked, TRANSFORMED: tl.constexpr,
+    attention_chunk, TRANSFORMED: tl.constexpr,
 ):
     """P of a tile, and the tanh of capped scores, from the products of q and k. Its rows `token`
     and its keys `position` are vectors along its axes, in either order."""
@@ -101,10 +101,11 @@ def weights(
             scores = scores - slope * tl.abs(token + end - rows - position).to(tl.float32)
     shift = tl.broadcast_to(shift, scores.shape)
     p = tl.exp2(tl.fma(scores, tl.full(scores.shape, c, tl.float32), shift))
-    if masked:
-        begin, stop = visible(token, rows, 0, end, window_left, window_right, attention_chunk)
-        p = tl.where((position >= begin) & (position < stop), p, 0.0)
-    return p, tanh_of_scores
+    begin, stop = visible(token, rows, 0, end, window_left, window_right, attention_chunk)
+    seen = position < tl.where(token < rows, stop, 0)
+    if window_left is not None or attention_chunk is not None:
+        seen = seen & (position >= begin)
+    return tl.where(seen, p, 0.0), tanh_of_scores
 
 
 @triton.jit
@@ -160,14 +161,14 @@ def row_terms(
 def add_rows(
     k, k_rest, v, dk, dk_rest, dv, q, dout, q_described, q_rest_described, dout_described,
     shift, delta, b, row, head, block, first, last,
-    rows, position, end, slope, scale, softcap, window_left, window_right, attention_chunk, masked,
+    rows, position, end, slope, scale, softcap, window_left, window_right, attention_chunk,
     q_batch, q_row, q_head, dout_batch, dout_row, dout_head,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, DIM: tl.constexpr, DIM_REST: tl.constexpr,
     DIM_V: tl.constexpr, BLOCK_M: tl.constexpr, TRANSFORMED: tl.constexpr,
 ):
     """dk and dv of a block of keys after the rows block, block + 1, ... of one head."""
     token = block + tl.arange(0, BLOCK_M)
-    seen = (token >= first) & (token < last)
+    known = tl.minimum(token, rows - 1)  # a mask would cost more
     q_tile = load_tile(
         q, q_described, b, row, head, block, first, last, q_batch, q_row, q_head, 0,
         HEADDIM, BLOCK_M, DIM,
@@ -180,9 +181,8 @@ def add_rows(
         )
         scores = tl.dot(k_rest, tl.trans(q_rest), scores, input_precision="ieee")
     p, tanh_of_scores = weights(
-        scores, tl.load(shift + token, mask=seen, other=float("-inf"))[None, :], token[None, :],
-        position[:, None], rows, end, slope, scale, softcap, window_left, window_right,
-        attention_chunk, masked, TRANSFORMED,
+        scores, tl.load(shift + known)[None, :], token[None, :], position[:, None], rows, end,
+        slope, scale, softcap, window_left, window_right, attention_chunk, TRANSFORMED,
     )
     dout_tile = load_tile(
         dout, dout_described, b, row, head, block, first, last, dout_batch, dout_row, dout_head, 0,
@@ -190,7 +190,7 @@ def add_rows(
     )
     dv = tl.dot(p.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
     dp = tl.dot(v, tl.trans(dout_tile), input_precision="ieee")
-    delta_of_rows = tl.load(delta + token, mask=seen, other=0.0)[None, :]
+    delta_of_rows = tl.load(delta + known)[None, :]
     ds = gradients_of_scores(p, dp, delta_of_rows, tanh_of_scores, softcap).to(q_tile.dtype)
     dk = tl.dot(ds, q_tile, dk, input_precision="ieee")
     if DIM_REST > 0:
@@ -221,7 +221,7 @@ def gradients_of_keys(
         row, rows = query_rows(b, seqlen_q, total_q, cu_seqlens_q, seqused_q)
         key, _, end = key_rows(b, capacity, cu_seqlens_k, seqused_k, None, None)
         if block < end:
-            low, high, first, last, first_full, last_full = viewers_of_block(
+            low, high, first, last = viewers_of_block(
                 block, rows, end, window_left, window_right, attention_chunk, BLOCK_N
             )
             start = first // BLOCK_M * BLOCK_M
@@ -252,13 +252,12 @@ def gradients_of_keys(
                 at = lse_at(
                     b, row, 0, head, nheads_k * GROUP, seqlen_q, total_q, cu_seqlens_q
                 )
-                masked = (token < first_full) | (token + BLOCK_M > last_full)
                 dk_tile, dk_rest, dv_tile = add_rows(
                     k_tile, k_rest, v_tile, dk_tile, dk_rest, dv_tile, q, dout,
                     q_described, q_rest_described, dout_described,
                     shift + at, delta + at, b, row, head, token, first, last, rows, position, end,
                     slope_of(alibi_slopes, b, head, alibi_batch), softmax_scale, softcap,
-                    window_left, window_right, attention_chunk, masked,
+                    window_left, window_right, attention_chunk,
                     q_batch, q_row, q_head, dout_batch, dout_row, dout_head,
                     HEADDIM, HEADDIM_V, DIM, DIM_REST, DIM_V, BLOCK_M, TRANSFORMED,
                 )
@@ -276,7 +275,7 @@ def gradients_of_keys(
 def add_keys(
     q, q_rest, dout, dq, dq_rest, k, v, k_described, k_rest_described, v_described,
     shift, delta, b, key, head_k, block, low, high,
-    token, rows, end, slope, scale, softcap, window_left, window_right, attention_chunk, masked,
+    token, rows, end, slope, scale, softcap, window_left, window_right, attention_chunk,
     k_batch, k_row, k_head, v_batch, v_row, v_head,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, DIM: tl.constexpr, DIM_REST: tl.constexpr,
     DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, TRANSFORMED: tl.constexpr,
@@ -301,7 +300,7 @@ def add_keys(
     position = block + tl.arange(0, BLOCK_N)
     p, tanh_of_scores = weights(
         scores, shift[:, None], token[:, None], position[None, :], rows, end, slope, scale,
-        softcap, window_left, window_right, attention_chunk, masked, TRANSFORMED,
+        softcap, window_left, window_right, attention_chunk, TRANSFORMED,
     )
     ds = gradients_of_scores(p, dp, delta[:, None], tanh_of_scores, softcap).to(k_tile.dtype)
     dq = tl.dot(ds, k_tile, dq, input_precision="ieee")
@@ -334,11 +333,8 @@ def gradients_of_rows(
         key, _, end = key_rows(b, capacity, cu_seqlens_k, seqused_k, None, None)
         if start < rows:
             last = tl.minimum(start + BLOCK_M, rows) - 1
-            low, full, high = range_of(
+            low, _, high = range_of(
                 start, last, rows, 0, end, window_left, window_right, attention_chunk
-            )
-            low_full, _ = visible(
-                last, rows, 0, end, window_left, window_right, attention_chunk
             )
             q_tile = load_tile(
                 q, None, b, row, head, start, 0, rows, q_batch, q_row, q_head, 0,
@@ -365,12 +361,11 @@ def gradients_of_rows(
             delta_of_rows = tl.load(delta + at, mask=exists, other=0.0)
             slope = slope_of(alibi_slopes, b, head, alibi_batch)
             for block in range(low // BLOCK_N * BLOCK_N, high, BLOCK_N):
-                masked = (block < low_full) | (block + BLOCK_N > full)
                 dq_tile, dq_rest = add_keys(
                     q_tile, q_rest, dout_tile, dq_tile, dq_rest, k, v,
                     k_described, k_rest_described, v_described, shift_of_rows, delta_of_rows,
                     b, key, head_k, block, low, high, token, rows, end, slope, softmax_scale,
-                    softcap, window_left, window_right, attention_chunk, masked,
+                    softcap, window_left, window_right, attention_chunk,
                     k_batch, k_row, k_head, v_batch, v_row, v_head,
                     HEADDIM, HEADDIM_V, DIM, DIM_REST, DIM_V, BLOCK_N, TRANSFORMED,
                 )

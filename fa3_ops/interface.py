@@ -494,7 +494,7 @@ def flash_attn_with_kvcache(
     )  # fmt: skip
     op = ops.flash_attn_with_kvcache
     if out is None:
-        out, softmax_lse = direct.call(op, composite.flash_attn_with_kvcache, arguments)
+        out, softmax_lse = direct.call(op, composite.repeating, arguments)
     else:
         into = composite.flash_attn_with_kvcache_out
         softmax_lse = direct.call(op.out, into, arguments, out=out)

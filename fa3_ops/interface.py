@@ -35,6 +35,7 @@ ops = torch.ops.fa3npu
 
 Window: TypeAlias = Sequence[int | None] | Tensor | None
 _INTS = (int, torch.SymInt)
+_BOUNDS = (int, type(None))
 
 
 def _settings(
@@ -82,7 +83,7 @@ def _packed_offsets(seqused_k: Tensor, q: Tensor, cu_seqlens_q: Tensor | None, k
 def _results(op: Any, arguments: tuple[object, ...], out: Tensor | None) -> tuple[Tensor, Tensor]:
     """out, in the caller's tensor if there is one, and softmax_lse."""
     if out is not None:
-        return out, op.out(*arguments, out=out)
+        return out, direct.call(op.out, op.out, arguments, out=out)
     results: tuple[Tensor, Tensor] = direct.call(op, op.default, arguments)
     return results
 
@@ -284,7 +285,7 @@ def flash_attn_varlen_func(
         scheduler_metadata=scheduler_metadata,
     )
     if page_table is not None:
-        if max_seqlen_k is not None or deterministic is not False:  # which no operator gets
+        if type(max_seqlen_k) not in _BOUNDS or deterministic is not False:  # no operator gets them
             check_kind(max_seqlen_k, int | None, "max_seqlen_k")
             check_kind(deterministic, bool, "deterministic")
         arguments: tuple[object, ...] = (

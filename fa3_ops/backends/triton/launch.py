@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from math import prod
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> C
         make: Any = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}")
     except AttributeError:
         return partial(torch.empty, shape, dtype=dtype, device=device)
-    strides = torch.empty(shape, device="meta").stride()
+    strides = tuple(prod(shape[i:]) for i in range(1, len(shape) + 1))
     return partial(make, shape, strides, dtype)
 
 

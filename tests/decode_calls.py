@@ -43,6 +43,14 @@ def kinds() -> Iterator[Call]:
     yield decode(alibi_slopes=torch.rand(NHEADS))
     yield decode(softmax_scale=0.5)
     yield decode(cache_batch_idx=torch.tensor([1, 0], dtype=torch.int32))
+    caches = {x: rand(B * PAGES, PAGE, NHEADS_K, HEADDIM) for x in ("k_cache", "v_cache")}
+    for dtype in (torch.float8_e4m3fn, torch.int8):
+        narrow = {name: x.to(dtype) for name, x in caches.items()}
+        descales = {"k_descale": torch.rand(B, NHEADS_K) + 0.5, "v_descale": torch.ones(1)}
+        yield decode(1, **narrow, **descales)
+        yield decode(1, **narrow)
+    dense = {x: rand(B, 128, NHEADS_K, HEADDIM) for x in ("k_cache", "v_cache")}
+    yield decode(q=rand(B, 70, NHEADS, HEADDIM), page_table=None, **dense)
     packed = torch.tensor([0, 1, 3], dtype=torch.int32)
     yield decode(q=rand(3, NHEADS, HEADDIM), cu_seqlens_q=packed, max_seqlen_q=2)
     ragged = {"k": rand(3, NHEADS_K, HEADDIM), "v": rand(3, NHEADS_K, HEADDIM)}

@@ -35,7 +35,6 @@ ops = torch.ops.fa3npu
 
 Window: TypeAlias = Sequence[int | None] | Tensor | None
 _INTS = (int, torch.SymInt)
-_BOUNDS = (int, type(None))
 
 
 def _settings(
@@ -285,7 +284,7 @@ def flash_attn_varlen_func(
         scheduler_metadata=scheduler_metadata,
     )
     if page_table is not None:
-        if type(max_seqlen_k) not in _BOUNDS or deterministic is not False:  # no operator gets them
+        if max_seqlen_k is not None or deterministic is not False:  # which no operator gets
             check_kind(max_seqlen_k, int | None, "max_seqlen_k")
             check_kind(deterministic, bool, "deterministic")
         arguments: tuple[object, ...] = (

@@ -82,7 +82,7 @@ def _packed_offsets(seqused_k: Tensor, q: Tensor, cu_seqlens_q: Tensor | None, k
 def _results(op: Any, arguments: tuple[object, ...], out: Tensor | None) -> tuple[Tensor, Tensor]:
     """out, in the caller's tensor if there is one, and softmax_lse."""
     if out is not None:
-        return out, op.out(*arguments, out=out)
+        return out, direct.call(op.out, op.out, arguments, out=out)
     results: tuple[Tensor, Tensor] = direct.call(op, op.default, arguments)
     return results
 
@@ -494,7 +494,7 @@ def flash_attn_with_kvcache(
     )  # fmt: skip
     op = ops.flash_attn_with_kvcache
     if out is None:
-        out, softmax_lse = direct.call(op, composite.flash_attn_with_kvcache, arguments)
+        out, softmax_lse = direct.call(op, composite.repeating, arguments)
     else:
         into = composite.flash_attn_with_kvcache_out
         softmax_lse = direct.call(op.out, into, arguments, out=out)

@@ -65,3 +65,10 @@ class Backend(Generic[AnyRequest]):
     def launch(self, request: AnyRequest, lowered: Any, run: Run) -> Any:
         """The operator's results: those of attention always as (out, softmax_lse)."""
         raise NotImplementedError
+
+    def settle(self, request: AnyRequest) -> Callable[[AnyRequest], Any] | None:
+        """What launch does with a request that it takes as it is, for all that differ from it in
+        nothing but where their tensors lie: in no shape, stride, dtype, number, and in no tensor's
+        alignment to 16 bytes. It keeps no tensor, gives out in the dtype that was asked for, and
+        is called where the request's device is current. None: nothing is settled by that."""
+        return None

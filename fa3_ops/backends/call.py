@@ -43,11 +43,11 @@ class Request:
     @classmethod
     def of(cls: type[RequestT], op: Any, given: Mapping[str, Any], **more: Any) -> RequestT:
         """From the operator's arguments by name; those that change no result stay out."""
-        return cls(**{field: given[name] for field, name in _pairs(cls, op)}, **more)  # type: ignore[arg-type]
+        return cls(**{field: given[name] for field, name in arguments_of(cls, op)}, **more)  # type: ignore[arg-type]
 
 
 @functools.cache
-def _pairs(kind: Any, op: Any) -> tuple[tuple[str, str], ...]:
+def arguments_of(kind: Any, op: Any) -> tuple[tuple[str, str], ...]:
     """The fields of a kind of request and the arguments of an operator that they are."""
     wanted = {field.name for field in fields(kind)}
     pairs = ((kind.other_names.get(name, name), name) for name in signature(op).names)
@@ -185,8 +185,8 @@ class Gradient(Request):
 
     @classmethod
     def of(cls, op: Any, given: Mapping[str, Any], **more: Any) -> Gradient:
-        its_own = {field: given[name] for field, name in _pairs(cls, op)}  # type: ignore[arg-type]
-        call = {f: given[name] for f, name in _pairs(Attention, op) if f not in its_own}
+        its_own = {field: given[name] for field, name in arguments_of(cls, op)}  # type: ignore[arg-type]
+        call = {f: given[name] for f, name in arguments_of(Attention, op) if f not in its_own}
         return cls(call=Attention(**call), **its_own, **more)
 
     @property

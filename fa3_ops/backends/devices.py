@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +39,7 @@ class Device:
     key: str | None = None
     steady_sums: bool = True  # torch's own: a row's has the same bits in any number of rows
     append_rotates: bool = True  # kvcache_append_ rotates k; else apply_rotary does so before it
+    repeats: bool = False  # its calls are looked up among earlier ones (repeated.py)
     # Whether the current stream records a graph, so that no host may wait for the device.
     capturing: Callable[[torch.device], bool] = _no_capture
     # A tensor made by a function of the device alone, which may be kept.
@@ -64,6 +66,15 @@ def add(device: Device) -> None:
 def of(device: torch.device) -> Device:
     """A device that was never added, such as meta, has no backends."""
     return _devices.get(device.type) or Device(device.type)
+
+
+def on(device: torch.device) -> Any:
+    """Makes it the current device, on which kernels are started."""
+    return nullcontext() if is_current(device) else torch.get_device_module(device).device(device)
+
+
+def is_current(device: torch.device) -> bool:
+    return device.type == "cpu" or device.index == torch.accelerator.current_device_index()
 
 
 def names() -> list[str]:

@@ -19,9 +19,10 @@ from fa3_ops.backends import choice, devices
 from fa3_ops.backends.backend import Backend
 from fa3_ops.backends.call import KINDS, Request, request_of
 from fa3_ops.backends.devices import Device
-from fa3_ops.backends.run import serve
+from fa3_ops.backends.repeated import Kept, Repeated, forget, key_of, note, settled
+from fa3_ops.backends.run import choose, serve
 from fa3_ops.ops.library import implement
-from fa3_ops.ops.schema import full_name_of
+from fa3_ops.ops.schema import full_name_of, signature
 
 
 def operators() -> list[Any]:
@@ -53,12 +54,43 @@ def serve_by_python(device: Device) -> None:
     """Registers kernels for the device's dispatch key."""
     assert device.key is not None
     for op in operators():
-        implement(op, _python_kernel(op), device.key)
+        kernel = _repeating_kernel(op) if device.repeats else _python_kernel(op)
+        implement(op, kernel, device.key)
 
 
 def _python_kernel(op: Any) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         return _serve(op, request_of(op, args, kwargs))
+
+    return kernel
+
+
+def _repeating_kernel(op: Any) -> Callable[..., Any]:
+    """The same, which looks for an earlier call of the kind first."""
+    kept: Kept[Repeated] = Kept()
+    of_out, names = op._overloadname == "out", signature(op).names
+
+    def first(key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        choice = choose(request_of(op, args, kwargs))
+        served = settled(op, choice)
+        note(served)
+        if served is None:
+            return choice.serve()
+        served = served.among({name: i for i, name in enumerate((*names[: len(args)], *kwargs))})
+        results = served((*args, *kwargs.values()))
+        kept.keep(key, served)
+        return results
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        arguments = (*args, *kwargs.values()) if kwargs else args
+        key = key_of(arguments)
+        served = kept.get(key)
+        if served is None:
+            results = first(key, args, kwargs)
+        else:
+            note(served)
+            results = served(arguments)
+        return results[1] if of_out else results
 
     return kernel
 
@@ -132,6 +164,7 @@ def add_backend(
     if not isinstance(name, str) or name in (other.name for other in backends):
         raise ValueError(f"backend must have a name of its own, got {name!r}")
     backends.insert(0 if first else len(backends), backend)
+    forget()
     if found.key is None:
         intercept()
 
@@ -140,5 +173,6 @@ def remove_backend(device: str, kind: type[Request], backend: Backend[Any]) -> N
     """Undoes add_backend."""
     found = devices.named(device)
     found.backends[kind].remove(backend)
+    forget()
     if found.key is None:
         release()

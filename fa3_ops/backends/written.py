@@ -8,9 +8,12 @@ from torch import Tensor
 
 def apart(t: Tensor, *written: Tensor) -> Tensor:
     """t, or a copy where it may share memory with what is written."""
-    storage = t.untyped_storage().data_ptr()
-    shares = any(x.untyped_storage().data_ptr() == storage for x in written)
-    return t.clone() if shares else t
+    return t if storages(t).isdisjoint(storages(*written)) else t.clone()
+
+
+def storages(*tensors: Tensor | None) -> set[int]:
+    """Where the memory of tensors begins, of those that have any."""
+    return {t.untyped_storage().data_ptr() for t in tensors if t is not None} - {0}
 
 
 def mark_written(*written: Tensor) -> None:

@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fa3_ops.backends import devices
-from fa3_ops.ops import checks
+from fa3_ops.backends.repeated import Kept, Repeated, key_of, noting
+from fa3_ops.ops import checks, direct
 from fa3_ops.ops.autograd import refuse_forward_mode, requires_grad, severed
 from fa3_ops.ops.errors import as_value_errors
 from fa3_ops.ops.library import implement
+from fa3_ops.ops.schema import every, signature
 from fa3_ops.ops.writes import refuse_derivatives
 
 ops = torch.ops.fa3npu
@@ -180,9 +182,77 @@ def flash_attn_with_kvcache_out(*args: Any, out: Tensor, **kwargs: Any) -> Tenso
     return softmax_lse
 
 
+class _Steps:
+    """The operators of calls like an earlier one, for which nothing is checked again, and which
+    PyTorch's dispatcher does not see."""
+
+    def __init__(self, served: list[Repeated], arguments: tuple[Any, ...]) -> None:
+        at = {name: i for i, name in enumerate(signature(_op()).names)}
+        self.q, self.k, self.lengths = at["q"], at["k"], at["cache_seqlens"]
+        self.cu_seqlens = at["cu_seqlens_k_new"]
+        first = "cache_seqlens" if arguments[at["rotary_seqlens"]] is None else "rotary_seqlens"
+        of_q = {"x": self.q, "rotary_seqlens": at[first], "cu_seqlens": at["cu_seqlens_q"]}
+        *writes, attend = served
+        self.attend = attend.among(at)
+        self.append = writes.pop().among(at) if writes else None
+        self.rotate = writes.pop().among(at | of_q) if writes else None
+
+    def __call__(self, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        values = list(arguments)
+        if self.append is not None:
+            if self.rotate is not None:
+                values[self.q] = self.rotate(values)
+            self.append(values)
+            cu_seqlens = values[self.cu_seqlens]
+            new = values[self.k].shape[1] if cu_seqlens is None else cu_seqlens.diff()
+            values[self.lengths] = values[self.lengths] + new
+        out, softmax_lse = self.attend(values)
+        return out, softmax_lse
+
+
+def _op() -> Any:
+    return ops.flash_attn_with_kvcache.default
+
+
+def _takes_other_steps(arguments: tuple[Any, ...]) -> bool:
+    """Whether something is made of the arguments that _Steps does not know of."""
+    given = dict(zip(signature(_op()).names, arguments, strict=True))
+    positions = given["rotary_cos"] is not None and given["rotary_seqlens"] is None
+    negated = any(isinstance(x, Tensor) and x.is_neg() for x in arguments)
+    return negated or (positions and given["cache_start"] is not None)
+
+
+_kept: Kept[_Steps] = Kept()
+
+
+def repeating(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """flash_attn_with_kvcache where nobody but kernels sees the call."""
+    if not devices.of(arguments[0].device).repeats:
+        return flash_attn_with_kvcache(*arguments)
+    try:
+        key = key_of(arguments)
+    except RuntimeError:  # a tensor without strides, which is refused
+        return flash_attn_with_kvcache(*arguments)
+    steps = _kept.get(key)
+    if steps is not None:
+        return steps(arguments)
+    with noting() as seen:
+        results = flash_attn_with_kvcache(*arguments)
+    served = [step for step in seen if step is not None]
+    if len(served) == len(seen) and not _takes_other_steps(arguments):
+        _kept.keep(key, _Steps(served, arguments))
+    return results
+
+
 def _watched(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     if forward_ad._current_level >= 0:
         refuse_forward_mode("flash_attn_with_kvcache", (*args, *kwargs.values()))
+    if not devices.of(args[0].device).repeats:
+        return flash_attn_with_kvcache(*args, **kwargs)
+    arguments = every(_op(), args)
+    if not kwargs and direct.only_the_kernel_sees(_op(), arguments):
+        results: tuple[Tensor, Tensor] = direct.take(repeating, arguments)
+        return results
     return flash_attn_with_kvcache(*args, **kwargs)
 
 

@@ -79,6 +79,11 @@ def call(
     """op(*arguments, **out), or shortcut(*arguments, **out), what it comes to in the end."""
     if not only_the_kernel_sees(op, (*arguments, *out.values()) if out else arguments):
         return op(*arguments, **out)
+    return take(shortcut, arguments, **out)
+
+
+def take(shortcut: Callable[..., Any], arguments: tuple[object, ...], **out: Tensor) -> Any:
+    """The short way, without asking whether it may be taken."""
     if torch.is_inference_mode_enabled():  # is below autograd
         return shortcut(*arguments, **out)
     with torch._C._AutoDispatchBelowAutograd():

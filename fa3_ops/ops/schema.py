@@ -41,6 +41,13 @@ def bind(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, A
     return {**s.defaults, **dict(zip(s.names, args, strict=False)), **kwargs}
 
 
+def every(op: Any, args: Sequence[Any]) -> tuple[Any, ...]:
+    """Every argument in order, lists of numbers as tuples."""
+    s = signature(op)
+    given = (*args, *(s.defaults[name] for name in s.names[len(args) :]))
+    return tuple(tuple(x) if type(x) is list else x for x in given)
+
+
 def tensors(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Those arguments that are tensors."""
     given = {**dict(zip(signature(op).names, args, strict=False)), **kwargs}

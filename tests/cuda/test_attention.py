@@ -17,7 +17,7 @@ import fa3_ops
 from fa3_ops import reference
 from fa3_ops.backends import Attention
 from fa3_ops.backends.cuda import prefill
-from fa3_ops.backends.triton.attention import MOST_ROWS, attend
+from fa3_ops.backends.triton.attention import MOST_ROWS, Attend
 from fa3_ops.testing import FunctionCall, recorded_calls
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
@@ -106,8 +106,8 @@ def test_hoppers_prefill_has_the_bits_of_triton(
         pytest.skip("not a Hopper GPU")
     call = prefill_call(dtype, headdim, layout, causal)
     assert prefill.prefills_on_hopper(call)
-    want = attend(call, MOST_ROWS)
-    assert all(map(torch.equal, prefill.prefill(call), want))
+    want = Attend(call, MOST_ROWS)(call)
+    assert all(map(torch.equal, prefill.Prefill(call)(call), want))
 
 
 def prefill_call(dtype: torch.dtype, headdim: int, layout: str, causal: bool) -> Attention:

@@ -34,6 +34,7 @@ CUDA = Device(
     "cuda",
     key="CUDA",
     steady_sums=False,
+    repeats=True,
     capturing=capturing,
     backends={
         # FlashAttention's own kernels keep no bitwise contract: they serve who asks for them.

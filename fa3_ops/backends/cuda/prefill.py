@@ -4,17 +4,17 @@ its products of a warpgroup. Both give the same bits."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fa3_ops.backends.backend import Run
 from fa3_ops.backends.call import Attention
 from fa3_ops.backends.lowering.alignment import is_aligned
-from fa3_ops.backends.triton.attention import NEIGHBOURS, TritonAttention, capacity_of, results
+from fa3_ops.backends.triton.attention import NEIGHBOURS, Results, TritonAttention, capacity_of
 from fa3_ops.backends.triton.device import processors
-from fa3_ops.backends.triton.launch import launch
+from fa3_ops.backends.triton.launch import Launch
 from fa3_ops.backends.triton.schedule import CHUNK, block_n
 
 ROWS_OF_A_TILE = 128
@@ -26,10 +26,8 @@ NOT_SERVED = (
 
 
 class CudaAttention(TritonAttention):
-    def launch(self, request: Attention, lowered: Attention, run: Run) -> tuple[Tensor, Tensor]:
-        if prefills_on_hopper(lowered):
-            return prefill(lowered)
-        return super().launch(request, lowered, run)
+    def settle(self, request: Attention) -> Callable[[Attention], tuple[Tensor, Tensor]]:
+        return Prefill(request) if prefills_on_hopper(request) else super().settle(request)
 
 
 @functools.cache
@@ -70,41 +68,49 @@ def keys_of_a_block(call: Attention) -> int:
     return block_n(call.q.dtype, call.headdim, call.headdim_v)
 
 
-def prefill(call: Attention) -> tuple[Tensor, Tensor]:
-    from fa3_ops.backends.cuda.kernels.prefill import prefill as kernel
+class Prefill:
+    """Of calls that differ from one in nothing but where their tensors lie."""
 
-    out, lse = results(call)
-    group, keys = call.nheads // call.nheads_k, keys_of_a_block(call)
-    tiles = -(-call.seqlen_q * group // ROWS_OF_A_TILE)
-    items = tiles * call.batch_size * call.nheads_k
-    page_size = 0 if call.page_table is None else call.k.shape[1]
-    table = lse if call.page_table is None else call.page_table
-    lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k)
-    launch(
-        kernel,
-        min(items, processors(call.q.device)),
-        described(call.q, call.cu_seqlens_q is not None, 64 // group, group),
-        described(call.k, call.cu_seqlens_k is not None, keys, 1),
-        described(call.v, call.cu_seqlens_k is not None, keys, 1),
-        *(out, lse, table, *(lse if x is None else x for x in lengths)),
-        *(call.batch_size, call.seqlen_q, call.q.shape[0], capacity_of(call)),
-        *(call.k.shape[0], tiles, items),
-        *(call.softmax_scale, table.stride(0), call.nheads_k),
-        GROUP=group,
-        DIM=call.headdim,
-        BLOCK_N=keys,
-        CHUNK=CHUNK,
-        PAGE_SIZE=page_size,
-        CAUSAL=call.causal,
-        NEIGHBOURS=NEIGHBOURS,
-        STAGES=STAGES[call.headdim],
-        PACKED_Q=call.cu_seqlens_q is not None,
-        PACKED_K=call.cu_seqlens_k is not None,
-        USED_K=call.seqused_k is not None,
-        num_warps=4,
-        maxnreg=168,
-    )
-    return out, lse
+    def __init__(self, call: Attention) -> None:
+        from fa3_ops.backends.cuda.kernels.prefill import prefill
+
+        self.results = Results(call)
+        group, self.keys = call.nheads // call.nheads_k, keys_of_a_block(call)
+        tiles = -(-call.seqlen_q * group // ROWS_OF_A_TILE)
+        items = tiles * call.batch_size * call.nheads_k
+        table_row = 1 if call.page_table is None else call.page_table.stride(0)
+        self.kernel = Launch(
+            prefill,
+            min(items, processors(call.q.device)),
+            *(call.batch_size, call.seqlen_q, call.q.shape[0], capacity_of(call)),
+            *(call.k.shape[0], tiles, items),
+            *(call.softmax_scale, table_row, call.nheads_k),
+            GROUP=group,
+            DIM=call.headdim,
+            BLOCK_N=self.keys,
+            CHUNK=CHUNK,
+            PAGE_SIZE=0 if call.page_table is None else call.k.shape[1],
+            CAUSAL=call.causal,
+            NEIGHBOURS=NEIGHBOURS,
+            STAGES=STAGES[call.headdim],
+            PACKED_Q=call.cu_seqlens_q is not None,
+            PACKED_K=call.cu_seqlens_k is not None,
+            USED_K=call.seqused_k is not None,
+            num_warps=4,
+            maxnreg=168,
+        )
+
+    def __call__(self, call: Attention) -> tuple[Tensor, Tensor]:
+        out, lse = self.results()
+        group = call.nheads // call.nheads_k
+        given = (call.page_table, call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k)
+        self.kernel(
+            described(call.q, call.cu_seqlens_q is not None, 64 // group, group),
+            described(call.k, call.cu_seqlens_k is not None, self.keys, 1),
+            described(call.v, call.cu_seqlens_k is not None, self.keys, 1),
+            *(out, lse, *(lse if x is None else x for x in given)),
+        )
+        return out, lse
 
 
 def described(x: Tensor, packed: bool, rows: int, heads: int) -> Any:

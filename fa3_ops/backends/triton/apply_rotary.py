@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from fa3_ops.backends.backend import Backend, Run
 from fa3_ops.backends.call import Rotation
+from fa3_ops.backends.devices import on
 from fa3_ops.backends.triton.device import missing, programs
-from fa3_ops.backends.triton.launch import launch, unit_last_stride
+from fa3_ops.backends.triton.launch import Launch, empty, unit_last_stride
 from fa3_ops.backends.triton.rows import (
     check_tables,
     elements,
@@ -35,32 +38,55 @@ class TritonRotation(Backend[Rotation]):
         _check(request)
         return request
 
-    def launch(self, request: Rotation, lowered: Rotation, run: Run) -> Tensor:
-        from fa3_ops.backends.triton.kernels.rotary import apply_rotary
+    def settle(self, request: Rotation) -> Callable[[Rotation], Tensor]:
+        return Rotate(request)
 
-        batch_size = request.rotary_seqlens.shape[0]
-        if batch_size == 0 or request.x.numel() == 0:
-            return request.x.clone(memory_format=torch.contiguous_format)
-        out = request.x.new_empty(request.x.shape)
-        x = unit_last_stride(elements(request.x))
-        cos, sin = table(request.rotary_cos), table(request.rotary_sin)
-        *_, rows, nheads, width = x.shape  # of a sequence, or of all
-        heads = heads_at_once(nheads, width)
-        head_blocks = -(-nheads // heads)
-        items = x.shape[:-2].numel() * head_blocks
-        launch(
-            apply_rotary,
-            programs(items, x.device),
-            *(x, elements(out), cos, sin, ints(request.rotary_seqlens), ints(request.cu_seqlens)),
-            *(batch_size, rows, cos.shape[0], nheads, head_blocks, items),
-            *(*strides(x), cos.stride(0), sin.stride(0)),
-            WIDTH=width,
-            DIM=power_of_two(width),
-            HEADS=heads,
-            ADVANCE=request.advance,
-            **rotation(request.x.dtype, cos.shape[1], request.rotary_interleaved),
-        )
+    def launch(self, request: Rotation, lowered: Rotation, run: Run) -> Tensor:
+        with on(lowered.device):
+            return self.settle(lowered)(lowered)
+
+
+class Rotate:
+    """Rotations of calls that differ from one in nothing but where their tensors lie."""
+
+    def __init__(self, a: Rotation) -> None:
+        something = a.rotary_seqlens.shape[0] > 0 and a.x.numel() > 0
+        self.kernel = _kernel(a) if something else None
+        self.out = empty(tuple(a.x.shape), a.x.dtype, a.device)
+
+    def __call__(self, a: Rotation) -> Tensor:
+        if self.kernel is None:
+            return a.x.clone(memory_format=torch.contiguous_format)
+        out = self.out()
+        x, cos, sin = _for_the_kernel(a)
+        self.kernel(x, elements(out), cos, sin, ints(a.rotary_seqlens), ints(a.cu_seqlens))
         return out
+
+
+def _kernel(a: Rotation) -> Launch:
+    from fa3_ops.backends.triton.kernels.rotary import apply_rotary
+
+    x, cos, sin = _for_the_kernel(a)
+    *_, rows, nheads, width = x.shape  # of a sequence, or of all
+    heads = heads_at_once(nheads, width)
+    head_blocks = -(-nheads // heads)
+    items = x.shape[:-2].numel() * head_blocks
+    return Launch(
+        apply_rotary,
+        programs(items, x.device),
+        *(a.rotary_seqlens.shape[0], rows, cos.shape[0], nheads, head_blocks, items),
+        *(*strides(x), cos.stride(0), sin.stride(0)),
+        WIDTH=width,
+        DIM=power_of_two(width),
+        HEADS=heads,
+        ADVANCE=a.advance,
+        **rotation(a.x.dtype, cos.shape[1], a.rotary_interleaved),
+    )
+
+
+def _for_the_kernel(a: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+    """x and the tables."""
+    return unit_last_stride(elements(a.x)), table(a.rotary_cos), table(a.rotary_sin)
 
 
 def _check(a: Rotation) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from fa3_ops.backends.backend import Backend, Run
 from fa3_ops.backends.call import Attention
+from fa3_ops.backends.devices import on
 from fa3_ops.backends.lowering.alignment import is_aligned
 from fa3_ops.backends.triton.device import has_descriptors, processors, programs, reasons_against
-from fa3_ops.backends.triton.launch import launch
+from fa3_ops.backends.triton.launch import Launch, empty
 from fa3_ops.backends.triton.rows import strides
 from fa3_ops.backends.triton.schedule import (
     CHUNK,
@@ -54,8 +55,12 @@ class TritonAttention(Backend[Attention]):
         strided = {name: t.contiguous() for name, t in given if t is not None and t.stride(-1) != 1}
         return replace(request, **strided) if strided else request
 
+    def settle(self, request: Attention) -> Callable[[Attention], tuple[Tensor, Tensor]]:
+        return Attend(request, self.most_rows(request.headdim_v))
+
     def launch(self, request: Attention, lowered: Attention, run: Run) -> tuple[Tensor, Tensor]:
-        return attend(lowered, self.most_rows(lowered.headdim_v))
+        with on(lowered.device):
+            return self.settle(lowered)(lowered)
 
 
 @dataclass(frozen=True)
@@ -115,31 +120,37 @@ def layout_of(call: Attention, keys: int) -> int:
     return BLOCKS if call.k.shape[1] % keys == 0 and not moved else PAGES
 
 
-def results(call: Attention) -> tuple[Tensor, Tensor]:
-    """out and softmax_lse. Packed rows that belong to no sequence are in no tile."""
-    *batch, rows, nheads, _ = call.q.shape
-    out_shape, lse_shape = (*batch, rows, nheads, call.headdim_v), (*batch, nheads, rows)
-    if call.cu_seqlens_q is None:
-        out = call.q.new_empty(out_shape, dtype=call.out_dtype)
-        return out, call.q.new_empty(lse_shape, dtype=torch.float32)
-    out = call.q.new_zeros(out_shape, dtype=call.out_dtype)
-    return out, call.q.new_full(lse_shape, float("-inf"), dtype=torch.float32)
+class Results:
+    """out and softmax_lse of calls like one. Packed rows that belong to no sequence are in no
+    tile."""
+
+    def __init__(self, call: Attention) -> None:
+        *batch, rows, nheads, _ = call.q.shape
+        out, lse = (*batch, rows, nheads, call.headdim_v), (*batch, nheads, rows)
+        self.out = empty(out, call.out_dtype, call.device)
+        self.lse = empty(lse, torch.float32, call.device)
+        self.packed = call.cu_seqlens_q is not None
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        out, lse = self.out(), self.lse()
+        if self.packed:
+            out.zero_()
+            lse.fill_(float("-inf"))
+        return out, lse
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Arguments of both kernels."""
+    """Arguments of both kernels that are no tensors."""
 
-    lengths: tuple[Tensor | None, ...]
-    descales: tuple[Tensor | None, ...]
     limits: tuple[int | None, ...]  # of what a row sees: left, right, attention_chunk
+    descale_strides: tuple[int, ...]
     constexprs: dict[str, Any]
 
     @staticmethod
     def of(call: Attention) -> Shared:
         left, right = (None if n < 0 else n for n in call.window_size)
-        q_descale = call.q_descale if call.is_fp8 else None
-        descales = tuple(_by_head(call, x) for x in (q_descale, call.k_descale, call.v_descale))
+        descales = descales_of(call)
         assert call.softmax_scale is not None
         of_scores = descales[: 2 if call.qv is None else 3]
         transformed = (
@@ -149,9 +160,8 @@ class Shared:
             or call.softmax_scale <= 0
         )
         return Shared(
-            (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k),
-            descales,
             (left, right, call.attention_chunk or None),
+            tuple(n for x in descales for n in ((0, 0) if x is None else x.stride())),
             {
                 "GROUP": call.nheads // call.nheads_k,
                 "HEADDIM_V": call.headdim_v,
@@ -161,30 +171,55 @@ class Shared:
             },
         )
 
-    @property
-    def descale_strides(self) -> tuple[int, ...]:
-        return tuple(n for x in self.descales for n in ((0, 0) if x is None else x.stride()))
+
+def lengths_of(call: Attention) -> tuple[Tensor | None, ...]:
+    return call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_q, call.seqused_k
 
 
-def attend(call: Attention, most_rows: int) -> tuple[Tensor, Tensor]:
+class Attend:
+    """Attention of calls that differ from one in nothing but where their tensors lie. Of that call
+    everything is decided here but its tensors; none is kept."""
+
+    def __init__(self, call: Attention, most_rows: int) -> None:
+        self.work, shared = Work.of(call, most_rows), Shared.of(call)
+        self.attention = attention_of(call, self.work, shared)
+        self.results = Results(call)
+        rows = call.q.shape[:-1].numel()
+        shapes = (self.work.num_chunks, rows, call.headdim_v), (2, self.work.num_chunks, rows)
+        self.parts = [empty(shape, torch.float32, call.device) for shape in shapes]
+        self.combine = combine_of(call, self.work, shared) if self.work.schedule.split else None
+        self.described = describes(call, self.work)
+
+    def __call__(self, call: Attention) -> tuple[Tensor, Tensor]:
+        out, lse = self.results()
+        parts: tuple[Tensor | None, ...] = (None, None)
+        keys = (None, None, None)
+        if self.combine is not None:
+            parts = tuple(make() for make in self.parts)
+        if self.described:
+            keys = described_keys(call, self.work)
+        lengths, descales = lengths_of(call), descales_of(call)
+        self.attention(
+            *(call.q, call.k, call.v, call.qv, *keys, out, lse, *parts),
+            *(*lengths, call.cache_batch_idx, call.cache_leftpad, call.cache_start),
+            *(call.page_table, *descales, call.alibi_slopes, call.sinks),
+        )
+        if self.combine is not None:
+            moved = call.cache_leftpad, call.cache_start
+            self.combine(*parts, out, lse, *lengths, *moved, *descales, call.sinks)
+        return out, lse
+
+
+def attention_of(call: Attention, work: Work, shared: Shared) -> Launch:
     from fa3_ops.backends.triton.kernels.attention import attention
 
-    work, shared = Work.of(call, most_rows), Shared.of(call)
     plan, slopes = work.schedule, call.alibi_slopes
-    out, lse = results(call)
     rows = call.q.shape[:-1].numel()
-    parts: tuple[Tensor, ...] | tuple[None, None] = (None, None)
-    if plan.split:
-        shapes = (work.num_chunks, rows, call.headdim_v), (2, work.num_chunks, rows)
-        parts = tuple(call.q.new_empty(shape, dtype=torch.float32) for shape in shapes)
     items = plan.tiles * call.batch_size * call.nheads_k * work.num_chunks
     dim, dim_rest = parts_of(call.headdim)
-    launch(
+    return Launch(
         attention,
         programs(items, call.q.device),
-        *(call.q, call.k, call.v, call.qv, *described_keys(call, work), out, lse, *parts),
-        *(*shared.lengths, call.cache_batch_idx, call.cache_leftpad, call.cache_start),
-        *(call.page_table, *shared.descales, slopes, call.sinks),
         *(call.batch_size, call.seqlen_q, call.q.shape[0], work.capacity),
         *(_entries(call), call.k.shape[0], plan.tiles, work.num_chunks, items),
         *(call.softmax_scale, call.softcap or None, *shared.limits),
@@ -207,23 +242,18 @@ def attend(call: Attention, most_rows: int) -> tuple[Tensor, Tensor]:
         num_stages=plan.num_stages,
         **shared.constexprs,
     )
-    if plan.split:
-        merge_chunks(call, work, shared, *parts, out, lse)
-    return out, lse
 
 
-def merge_chunks(call: Attention, work: Work, shared: Shared, *tensors: Tensor | None) -> None:
-    """Of partial results into out and lse: tensors are all four."""
+def combine_of(call: Attention, work: Work, shared: Shared) -> Launch:
+    """Of partial results into out and lse."""
     from fa3_ops.backends.triton.kernels.attention import combine
 
     rows = call.q.shape[:-1].numel()
     group = call.nheads // call.nheads_k
     items = call.batch_size * call.seqlen_q * call.nheads_k * -(-group // MERGED_HEADS)
-    launch(
+    return Launch(
         combine,
         programs(items, call.q.device),
-        *(*tensors, *shared.lengths, call.cache_leftpad, call.cache_start),
-        *(*shared.descales, call.sinks),
         *(call.seqlen_q, call.q.shape[0], work.capacity, work.num_chunks, items),
         *(call.softmax_scale, *shared.limits, *shared.descale_strides, rows, call.nheads_k),
         HEADS=MERGED_HEADS,
@@ -235,9 +265,7 @@ def merge_chunks(call: Attention, work: Work, shared: Shared, *tensors: Tensor |
 
 def described_keys(call: Attention, work: Work) -> tuple[Any, Any, Any]:
     """Tensor descriptors of k, of the rest of its columns and of v, by which a device copies whole
-    blocks; none where it has no such thing or they do not fit."""
-    if not describes(call, work):
-        return None, None, None
+    blocks."""
     dim, dim_rest = parts_of(call.headdim)
     k, v = (x[None] if call.cu_seqlens_k is not None else x for x in (call.k, call.v))
     rest = described(k, work.block_n, dim_rest) if dim_rest else None
@@ -249,6 +277,7 @@ def described_keys(call: Attention, work: Work) -> tuple[Any, Any, Any]:
 
 
 def describes(call: Attention, work: Work) -> bool:
+    """Not where the device has no such thing or k and v do not fit."""
     return (
         work.schedule.block_m == MOST_ROWS
         and has_descriptors(call.q.device)
@@ -271,11 +300,14 @@ def _entries(call: Attention) -> int:
     return (call.k if call.page_table is None else call.page_table).shape[0]
 
 
-def _by_head(call: Attention, descale: Tensor | None) -> Tensor | None:
-    """A descale as (batch_size, nheads_k); only what has 8 bits has one."""
-    if descale is None or not call.is_narrow:
-        return None
-    return descale.expand(call.batch_size, call.nheads_k)
+def descales_of(call: Attention) -> tuple[Tensor | None, ...]:
+    """Of q, k and v, as (batch_size, nheads_k); only what has 8 bits has one."""
+    if not call.is_narrow:
+        return None, None, None
+    q_descale = call.q_descale if call.is_fp8 else None
+    shape = call.batch_size, call.nheads_k
+    given = (q_descale, call.k_descale, call.v_descale)
+    return tuple(None if x is None else x.expand(shape) for x in given)
 
 
 def _compute_type(dtype: torch.dtype) -> Any:

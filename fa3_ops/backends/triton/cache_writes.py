@@ -3,13 +3,18 @@ at lengths, page ids or slots: what the caches have no place for is left out."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fa3_ops.backends.backend import Backend, Run
 from fa3_ops.backends.call import Append, Scatter
+from fa3_ops.backends.devices import on
 from fa3_ops.backends.triton.device import missing, programs
-from fa3_ops.backends.triton.launch import launch, unit_last_stride
+from fa3_ops.backends.triton.launch import Launch, unit_last_stride
 from fa3_ops.backends.triton.rows import (
     FORMATS,
     PLAIN,
@@ -22,7 +27,7 @@ from fa3_ops.backends.triton.rows import (
     table,
 )
 from fa3_ops.backends.triton.schedule import power_of_two
-from fa3_ops.backends.written import apart, mark_written
+from fa3_ops.backends.written import apart, mark_written, storages
 from fa3_ops.ops import checks
 
 
@@ -44,36 +49,48 @@ class TritonWrites(Backend[Append | Scatter]):
             _check(request)
         return request
 
+    def settle(self, request: Append | Scatter) -> Callable[[Append | Scatter], None]:
+        return Write(request)
+
     def launch(self, request: Append | Scatter, lowered: Append | Scatter, run: Run) -> None:
-        mark_written(request.k_cache, request.v_cache)
-        if isinstance(request, Scatter):
-            tokens, batch_size = request.slot_mapping.shape[0], 1
+        with on(lowered.device):
+            self.settle(lowered)(lowered)
+
+
+class Write:
+    """Writes of calls that differ from one in nothing but where their tensors lie."""
+
+    def __init__(self, a: Append | Scatter) -> None:
+        if isinstance(a, Scatter):
+            tokens, batch_size = a.slot_mapping.shape[0], 1
         else:
-            tokens, batch_size = request.k.shape[:-2].numel(), request.batch_size
-        if tokens > 0 and batch_size > 0 and request.k_cache.numel() > 0:
-            _write(request, tokens, batch_size)
+            tokens, batch_size = a.k.shape[:-2].numel(), a.batch_size
+        something = tokens > 0 and batch_size > 0 and a.k_cache.numel() > 0
+        tensors = _for_the_kernel(a)
+        self.kernel = _kernel(a, tensors, tokens, batch_size) if something else None
+        self.as_given = all(x is y for x, y in zip(tensors, _given(a), strict=True))
+
+    def __call__(self, a: Append | Scatter) -> None:
+        copied = _apart(a)
+        if copied is not a:  # it may have other strides
+            return Write(copied)(copied)
+        mark_written(a.k_cache, a.v_cache)
+        if self.kernel is not None:
+            self.kernel(*(_given(a) if self.as_given else _for_the_kernel(a)))
 
 
-def _write(a: Append | Scatter, tokens: int, batch_size: int) -> None:
+def _kernel(a: Append | Scatter, tensors: tuple[Any, ...], tokens: int, batch_size: int) -> Launch:
     from fa3_ops.backends.triton.kernels.cache_writes import cache_writes
 
-    caches = (a.k_cache, a.v_cache)
-    k, v = (unit_last_stride(elements(apart(x, *caches))) for x in (a.k, a.v))
-    k_cache, v_cache = map(elements, caches)
+    k, v, k_cache, v_cache, *_, page_table, cos, sin, _, k_descale, v_descale = tensors
     pages, page_size, nheads_k, width = k_cache.shape
     width_v = v_cache.shape[-1]
-    places, (cos, sin, first) = _places(a), _rotary(a)
-    page_table = places[-1]
-    k_format, v_format = _format(a.k, a.k_cache), _format(a.v, a.v_cache)
-    k_descale = None if k_format == PLAIN else _by_head(a.k_descale, batch_size, nheads_k)
-    v_descale = None if v_format == PLAIN else _by_head(a.v_descale, batch_size, nheads_k)
     heads = heads_at_once(nheads_k, max(width, width_v))
     head_blocks = -(-nheads_k // heads)
     items = tokens * head_blocks
-    launch(
+    return Launch(
         cache_writes,
         programs(items, k.device),
-        *(k, v, k_cache, v_cache, *places, cos, sin, first, k_descale, v_descale),
         *(batch_size, k.shape[-3], pages, page_size),
         *((0, 0) if page_table is None else page_table.shape),
         *(0 if cos is None else cos.shape[0], nheads_k, head_blocks, items),
@@ -85,8 +102,8 @@ def _write(a: Append | Scatter, tokens: int, batch_size: int) -> None:
         DIM=power_of_two(width),
         DIM_V=power_of_two(width_v),
         HEADS=heads,
-        K_FORMAT=k_format,
-        V_FORMAT=v_format,
+        K_FORMAT=_format(a.k, a.k_cache),
+        V_FORMAT=_format(a.v, a.v_cache),
         **rotation(
             a.k.dtype,
             0 if cos is None else cos.shape[1],
@@ -95,25 +112,44 @@ def _write(a: Append | Scatter, tokens: int, batch_size: int) -> None:
     )
 
 
-def _places(a: Append | Scatter) -> tuple[Tensor | None, ...]:
-    """What says where rows go: slot_mapping, cache_seqlens, cu_seqlens_k_new, cache_batch_idx and
-    page_table."""
+def _given(a: Append | Scatter) -> tuple[Tensor | None, ...]:
+    """The kernel's tensors, as the call has them."""
+    rows = a.k, a.v, a.k_cache, a.v_cache
     if isinstance(a, Scatter):
-        return ints(a.slot_mapping), None, None, None, None
-    table = a.page_table
+        return (*rows, a.slot_mapping, *[None] * 7, a.k_descale, a.v_descale)
+    first = a.cache_seqlens if a.rotary_seqlens is None else a.rotary_seqlens
     return (
-        *(None, ints(a.cache_seqlens), ints(a.cu_seqlens_k_new), ints(a.cache_batch_idx)),
-        None if table is None else unit_last_stride(table),
+        *(*rows, None, a.cache_seqlens, a.cu_seqlens_k_new, a.cache_batch_idx, a.page_table),
+        *(a.rotary_cos, a.rotary_sin, None if a.rotary_cos is None else first),
+        *(a.k_descale, a.v_descale),
     )
 
 
-def _rotary(a: Append | Scatter) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The tables, and the first position of every sequence."""
-    if isinstance(a, Scatter) or a.rotary_cos is None or a.rotary_sin is None:
-        return None, None, None
-    first = a.cache_seqlens if a.rotary_seqlens is None else a.rotary_seqlens
-    cos, sin = (table(apart(t, a.k_cache, a.v_cache)) for t in (a.rotary_cos, a.rotary_sin))
-    return cos, sin, ints(first)
+def _for_the_kernel(a: Append | Scatter) -> tuple[Tensor | None, ...]:
+    """The same as it takes them."""
+    *places, page_table, cos, sin, first, k_descale, v_descale = _given(a)[4:]
+    by_head = 1 if isinstance(a, Scatter) else a.batch_size, a.k_cache.shape[2]
+    if page_table is not None:
+        page_table = unit_last_stride(page_table)
+    return (
+        *(unit_last_stride(elements(x)) for x in (a.k, a.v)),
+        *(elements(x) for x in (a.k_cache, a.v_cache)),
+        *(*(ints(x) for x in places), page_table),
+        *(*(None if x is None else table(x) for x in (cos, sin)), ints(first)),
+        None if _format(a.k, a.k_cache) == PLAIN else _expanded(k_descale, by_head),
+        None if _format(a.v, a.v_cache) == PLAIN else _expanded(v_descale, by_head),
+    )
+
+
+def _apart(a: Append | Scatter) -> Append | Scatter:
+    """a, or with copies of what may share memory with the caches."""
+    names = ("k", "v") if isinstance(a, Scatter) else ("k", "v", "rotary_cos", "rotary_sin")
+    caches, read = (a.k_cache, a.v_cache), [getattr(a, name) for name in names]
+    if storages(*read).isdisjoint(storages(*caches)):
+        return a
+    given = {name: x for name, x in zip(names, read, strict=True) if x is not None}
+    copies: dict[str, Any] = {name: apart(x, *caches) for name, x in given.items()}
+    return replace(a, **copies)
 
 
 def _format(x: Tensor, cache: Tensor) -> int:
@@ -121,8 +157,8 @@ def _format(x: Tensor, cache: Tensor) -> int:
     return PLAIN if x.dtype == cache.dtype else FORMATS[cache.dtype]
 
 
-def _by_head(descale: Tensor | None, batch_size: int, nheads_k: int) -> Tensor | None:
-    return None if descale is None else descale.expand(batch_size, nheads_k)
+def _expanded(descale: Tensor | None, shape: tuple[int, int]) -> Tensor | None:
+    return None if descale is None else descale.expand(shape)
 
 
 def _check(a: Append) -> None:

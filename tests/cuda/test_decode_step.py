@@ -123,7 +123,9 @@ def test_packed_by_aot_inductor(tmp_path: Path) -> None:
     shapes = (*[sequences] * 3, None, None, sequences, sequences, None, None)
     inputs = inputs_of(None)
     program = export(Step(), inputs, dynamic_shapes=shapes)
-    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "step.pt2"))
+    path = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "step.pt2")
+    )
     module = torch._inductor.aoti_load_package(path)
     for step in range(5):
         check(module, inputs, step)

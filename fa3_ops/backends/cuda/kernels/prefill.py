@@ -1,7 +1,9 @@
 """Prefill on Hopper: the sums of triton/kernels/attention.py in the same order, so the same bits.
 
-One warp copies q, k and v by descriptors; three warpgroups take 64 rows of a tile each. A block's
-product of q and k runs while the product of weights and v of the block before does.
+One warp copies q, k and v by descriptors; two warpgroups take 64 rows of a tile each. A block's
+product of q and k runs beside the product of weights and v of the block before: a stage of shared
+memory has these two. What limits it are the instructions of the softmax, of which a warp waits for
+one after the other: docs/cuda.md has a profile.
 """
 # fmt: off
 
@@ -63,18 +65,16 @@ def tile_of(
 
 @gluon.jit
 def place_of(n, STAGES: gl.constexpr):
-    """(stage, phase of its barriers) of the n-th block of a program."""
+    """(stage, phase of its barriers) of a program's n-th block of k."""
     return n & (STAGES - 1), ((n & STAGES) != 0).to(gl.int32)
 
 
 @gluon.jit
 def row_max(x, SCORES: gl.constexpr):
-    ROWS_: gl.constexpr = x.shape[0]
-    a, b = gl.split(x.reshape([ROWS_, x.shape[1] // 2, 2]))
-    x = gl.maximum(a, b)
-    a, b = gl.split(x.reshape([ROWS_, 2, x.shape[1] // 2]).permute((0, 2, 1)))
-    x = gl.maximum(a, b)
-    a, b = gl.split(x.reshape([ROWS_, 2, x.shape[1] // 2]).permute((0, 2, 1)))
+    """The greatest of every row, by a tree: a chain of its numbers would be waited for."""
+    a, b = gl.split(x.reshape([ROWS, x.shape[1] // 2, 2]))
+    for _ in gl.static_range(2):
+        a, b = gl.split(gl.maximum(a, b).reshape([ROWS, 2, a.shape[1] // 2]).permute((0, 2, 1)))
     x = gl.maximum(a, b)
     return gl.convert_layout(gl.max(x, 1), gl.SliceLayout(1, SCORES), assert_trivial=True)
 
@@ -91,7 +91,7 @@ def weights(scores, m, total, c, SCORES: gl.constexpr):
     zero = gl.full(scores.shape, 0.0, gl.float32, layout=SCORES)
     p = gl.exp2(gl.fma(scores, zero + c, (-greatest * c)[:, None] + zero))
     alpha = gl.exp2((m - greatest) * c)
-    units = (p + 2.0).to(gl.int32, bitcast=True)
+    units = (p + 2.0).to(gl.int32, bitcast=True)  # four times the bits of 2 are 0
     total = gl.fma(total, alpha, gl.sum(units, 1).to(gl.float32) * UNIT)
     return p, greatest, total, alpha
 
@@ -146,13 +146,17 @@ def sums_layout(dim):
 def step(
     j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers, filled, emptied,
     last_seen, c,
-    BLOCK_N: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, NEW_CHUNK: gl.constexpr,
-    MASKED: gl.constexpr, SCORES: gl.constexpr, SUMS: gl.constexpr, WEIGHTS: gl.constexpr,
+    BLOCK_N: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, BLOCKS: gl.constexpr,
+    NEW_CHUNK: gl.constexpr, MASKED: gl.constexpr,
+    SCORES: gl.constexpr, SUMS: gl.constexpr, WEIGHTS: gl.constexpr,
 ):
-    """Scores and weights of block j, and the values of the block before it."""
+    """Scores and weights of block j, and the values of the block before it. What acc is after the
+    last block of a chunk is forgotten."""
     stage, _ = place_of(at + j, STAGES)
     pending_scores = scores_of(q, k_buffers.index(stage), BLOCK_N, DIM, SCORES)
-    pending = warpgroup_mma(p, as_matrix(v_buffers.index(stage), BLOCK_N, DIM), acc, is_async=True)
+    values = as_matrix(v_buffers.index(stage), BLOCK_N, DIM)
+    old = (j - 1) % BLOCKS != 0
+    pending = warpgroup_mma(p, values, acc, use_acc=old, is_async=True)
     await_filled(filled, at + j + 1, STAGES)
     scores = warpgroup_mma_wait(1, deps=[pending_scores])
     if MASKED:
@@ -171,7 +175,6 @@ def step(
             m_all, total_all, acc_all.load(SUMS), m_before, total_before, acc, c, SUMS
         )
         acc_all.store(acc)
-        acc = gl.full([ROWS, DIM], 0.0, gl.float32, layout=SUMS)
     else:
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None]
     p = gl.convert_layout(weight.to(q.dtype), WEIGHTS)
@@ -228,38 +231,40 @@ def consume(
                 p, m, total, acc, m_all, total_all = step(
                     j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
                     filled, emptied, last_seen, c,
-                    BLOCK_N, DIM, STAGES, False, False, SCORES, SUMS, WEIGHTS,
+                    BLOCK_N, DIM, STAGES, BLOCKS, False, False, SCORES, SUMS, WEIGHTS,
                 )
             for begin in range(BLOCKS, full, BLOCKS):
                 p, m, total, acc, m_all, total_all = step(
                     begin, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
                     filled, emptied, last_seen, c,
-                    BLOCK_N, DIM, STAGES, True, False, SCORES, SUMS, WEIGHTS,
+                    BLOCK_N, DIM, STAGES, BLOCKS, True, False, SCORES, SUMS, WEIGHTS,
                 )
                 for j in range(begin + 1, gl.minimum(begin + BLOCKS, full)):
                     p, m, total, acc, m_all, total_all = step(
                         j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
                         filled, emptied, last_seen, c,
-                        BLOCK_N, DIM, STAGES, False, False, SCORES, SUMS, WEIGHTS,
+                        BLOCK_N, DIM, STAGES, BLOCKS, False, False, SCORES, SUMS, WEIGHTS,
                     )
             for j in range(gl.maximum(full, 1), blocks):
                 if j % BLOCKS == 0:
                     p, m, total, acc, m_all, total_all = step(
                         j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
                         filled, emptied, last_seen, c,
-                        BLOCK_N, DIM, STAGES, True, True, SCORES, SUMS, WEIGHTS,
+                        BLOCK_N, DIM, STAGES, BLOCKS, True, True, SCORES, SUMS, WEIGHTS,
                     )
                 else:
                     p, m, total, acc, m_all, total_all = step(
                         j, at, q, p, m, total, acc, m_all, total_all, acc_all, k_buffers, v_buffers,
                         filled, emptied, last_seen, c,
-                        BLOCK_N, DIM, STAGES, False, True, SCORES, SUMS, WEIGHTS,
+                        BLOCK_N, DIM, STAGES, BLOCKS, False, True, SCORES, SUMS, WEIGHTS,
                     )
             last, _ = place_of(at + blocks, STAGES)
             if keys < blocks * BLOCK_N:
                 clear_behind(v_buffers.index(last), keys - (blocks - 1) * BLOCK_N, BLOCK_N, DIM)
             values = as_matrix(v_buffers.index(last), BLOCK_N, DIM)
-            acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(p, values, acc, is_async=True)])
+            old = (blocks - 1) % BLOCKS != 0
+            pending = warpgroup_mma(p, values, acc, use_acc=old, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=[pending])
             mbarrier.arrive(emptied.index(last), count=1)
             round += 1
             at += blocks + 1

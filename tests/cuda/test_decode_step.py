@@ -1,5 +1,5 @@
-"""A decode step on a GPU as servers run it: recorded in a CUDA graph, compiled by Inductor, packed by
-AOTInductor. All give what the eager call gives."""
+"""A decode step on a GPU as servers run it: recorded in a CUDA graph, compiled by Inductor, packed
+by AOTInductor. All give what the eager call gives."""
 
 from __future__ import annotations
 

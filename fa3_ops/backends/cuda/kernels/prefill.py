@@ -377,7 +377,8 @@ def prefill(
 ):
     """Tensors that USED_K, PACKED_Q, PACKED_K or a PAGE_SIZE of 0 make needless may be any."""
     dtype: gl.constexpr = q.dtype
-    q_buffers = gl.allocate_shared_memory(dtype, [WARPGROUPS, 1, ROWS // GROUP, GROUP, DIM], q.layout)
+    q_shape: gl.constexpr = [WARPGROUPS, 1, ROWS // GROUP, GROUP, DIM]
+    q_buffers = gl.allocate_shared_memory(dtype, q_shape, q.layout)
     k_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, DIM], k.layout)
     v_buffers = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, DIM], v.layout)
     sums = gl.allocate_shared_memory(gl.float32, [WARPGROUPS, ROWS, DIM], sums_layout(DIM))

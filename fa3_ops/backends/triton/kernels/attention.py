@@ -22,6 +22,7 @@ from fa3_ops.backends.triton.kernels.rows import (
     store_rows,
 )
 from fa3_ops.backends.triton.kernels.sequences import (
+    LENGTHS,
     bounded,
     key_rows,
     query_rows,
@@ -288,10 +289,11 @@ def attend(
     return m, total, acc
 
 
-@triton.jit(do_not_specialize=[
+@triton.jit(do_not_specialize_on_alignment=LENGTHS, do_not_specialize=[
     "batch_size", "seqlen_q", "total_q", "capacity", "entries", "num_pages", "tiles", "num_chunks",
     "work_items", "softmax_scale", "softcap", "window_left", "window_right", "attention_chunk",
-    "table_row", "part_stride",
+    "table_row", "qd_batch", "qd_head", "kd_batch", "kd_head", "vd_batch", "vd_head", "alibi_batch",
+    "part_stride", "nheads_k",
 ])
 def attention(
     q, k, v, qv, k_described, k_rest_described, v_described, out, softmax_lse, part_out, part_ml,
@@ -378,9 +380,10 @@ def attention(
                 )
 
 
-@triton.jit(do_not_specialize=[
+@triton.jit(do_not_specialize_on_alignment=LENGTHS, do_not_specialize=[
     "seqlen_q", "total_q", "capacity", "num_chunks", "work_items", "softmax_scale",
-    "window_left", "window_right", "attention_chunk", "part_stride",
+    "window_left", "window_right", "attention_chunk",
+    "qd_batch", "qd_head", "kd_batch", "kd_head", "vd_batch", "vd_head", "part_stride", "nheads_k",
 ])
 def combine(
     part_out, part_ml, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,

@@ -375,7 +375,7 @@ def test_where_kernels_are_compiled(
     assert __main__.main(["doctor", "--device", "cpu", "--processes", "1"]) == 0
     printed, told = capsys.readouterr()
     assert "- recorded calls: left out" in printed
-    assert "\nOf bfloat16; " in printed
+    assert "\nOf bfloat16, headdim 16, causal; " in printed
     assert "- opcheck: 2 of 2 right" in printed
     assert told.startswith("Kernels that Triton does not have yet are compiled")
     assert "decode token by token: held" in told

@@ -55,10 +55,15 @@ def crew(device: str, processes: int | None = None) -> Iterator[Map]:
 def _mapped(
     pool: ProcessPoolExecutor, function: Callable[[Any], Any], items: Iterable[Any]
 ) -> Iterator[Any]:
-    for result, caught in pool.map(functools.partial(_recorded, function), items):
-        for warning in caught:
-            warnings.warn(warning, stacklevel=2)
-        yield result
+    """Begins at once, whenever the results are asked for."""
+    return map(_warned, pool.map(functools.partial(_recorded, function), items))
+
+
+def _warned(recorded: tuple[Any, list[Warning | str]]) -> Any:
+    result, caught = recorded
+    for warning in caught:
+        warnings.warn(warning, stacklevel=2)
+    return result
 
 
 def _recorded(function: Callable[[Any], Any], item: Any) -> tuple[Any, list[Warning | str]]:

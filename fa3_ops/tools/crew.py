@@ -22,7 +22,10 @@ MOST = 8  # processes: each has memory of its own on the device
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--processes", type=int, default=None, help="that compile kernels; 1 on any device but cuda"
+        "--processes",
+        type=int,
+        default=None,
+        help=f"that compile kernels (cuda: as many as half the cores, {MOST} at most; else 1)",
     )
 
 

@@ -150,3 +150,9 @@ def test_a_linear_of_another_order_is_reported(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Case, "call", lambda self, f, *arguments: f(*arguments))
     outcome = run(comparison, Case(Setting("cpu", torch.float32, 64)))
     assert outcome.differing > 0
+
+
+def test_several_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--device", "cpu", "--dtype", "bfloat16", "--processes", "2")
+    assert __main__.main(["consistency", *arguments]) == 0
+    assert "bitwise contract on cpu: 15 held" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from fa3_ops.backends.cuda.flash_attention import Package
 from fa3_ops.backends.npu import device as npu_device
 from fa3_ops.backends.npu.device import Kernel
 from fa3_ops.testing import SampleCall, sample_calls
-from fa3_ops.tools import consistency, doctor, info
+from fa3_ops.tools import consistency, crew, info
 from fa3_ops.tools.consistency.case import Setting
 from fa3_ops.tools.doctor import machine, results
 from fa3_ops.tools.doctor.built_in import built_in_calls
@@ -44,7 +45,7 @@ def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(consistency, "settings", lambda device: [SMALL])
     few = ("apply_rotary.default-0", "flash_attn_combine.default-0")
     monkeypatch.setattr(
-        doctor, "sample_calls", lambda *args: (c for c in sample_calls(*args) if c.name in few)
+        results, "sample_calls", lambda *args: (c for c in sample_calls(*args) if c.name in few)
     )
 
 
@@ -132,7 +133,7 @@ def test_a_wrong_fake_kernel_is_reported(
         library.impl("twice", lambda x: 2 * x, "CPU")
         library.impl("twice", lambda x: x.new_empty(len(x) + 1), "Meta")
         call = SampleCall("twice-0", torch.ops.fa3npu_doctor.twice.default, (torch.ones(3),), {})
-        monkeypatch.setattr(doctor, "sample_calls", lambda *args: iter([call]))
+        monkeypatch.setattr(results, "sample_calls", lambda *args: iter([call]))
         status, lines = report_of(golden, capsys)
     assert status == 1
     assert "- opcheck: 0 of 1 right" in lines
@@ -362,3 +363,19 @@ def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "- FA3NPU_STRICT: 1" in report.lines
     assert "- TASK_QUEUE_ENABLE: 2" in report.lines
     assert "secret" not in "\n".join(report.lines)
+
+
+def test_where_kernels_are_compiled(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Less is done, and who waits is told why."""
+    settings = [SMALL, replace(SMALL, dtype=torch.bfloat16)]
+    monkeypatch.setattr(crew, "compiles", lambda device: True)
+    monkeypatch.setattr(consistency, "settings", lambda device: settings)
+    assert __main__.main(["doctor", "--device", "cpu", "--processes", "1"]) == 0
+    printed, told = capsys.readouterr()
+    assert "- recorded calls: left out" in printed
+    assert "\nOf bfloat16, headdim 16, causal; " in printed
+    assert "- opcheck: 2 of 2 right" in printed
+    assert told.startswith("Kernels that Triton does not have yet are compiled")
+    assert "decode token by token: held" in told

@@ -77,9 +77,10 @@ def lengths() -> None:
         dense, lse = x[None], rand(1, 2, tokens)
         ops.flash_attn_func_backward(dense, dense, dense, dense, dense, lse, causal=True)
         caches = torch.zeros(2, tokens + 3, 16, 2, 64, dtype=torch.half)
-        cu_seqlens = torch.tensor([0, 0, tokens], dtype=torch.int32)
-        fa3_ops.kvcache_scatter_(x, x, *caches, torch.arange(tokens))
-        ops.apply_rotary(x, cos, sin, cu_seqlens[:2], cu_seqlens)
+        odd = tokens % 2  # slices, now and then at odd addresses
+        cu_seqlens = torch.tensor([0, 0, 0, tokens], dtype=torch.int32)[odd:]
+        fa3_ops.kvcache_scatter_(x, x, *caches, torch.arange(tokens + 1)[odd : tokens + odd])
+        ops.apply_rotary(x, cos, sin, cu_seqlens[:-1], cu_seqlens)
         ops.linear(x.flatten(0, 1)[:16], weight)
         ops.flash_attn_combine(rand(tokens, tokens, 2, 64), rand(tokens, tokens, 2))
         for processors in (1, 1000):

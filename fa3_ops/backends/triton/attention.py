@@ -33,7 +33,6 @@ TENSORS = (
 ROWS, BLOCKS, PAGES = range(3)  # how k and v lie, as kernels/keys.py has it
 NEIGHBOURS = 8  # pairs of sequence and KV head that are at work together
 MOST_ROWS = 64  # of a tile
-MERGED_HEADS = 1  # heads of a group that one program of `combine` merges
 UNROLL = 16  # chunks that `combine` loads at once
 
 
@@ -249,14 +248,12 @@ def combine_of(call: Attention, work: Work, shared: Shared) -> Launch:
     from fa3_ops.backends.triton.kernels.attention import combine
 
     rows = call.q.shape[:-1].numel()
-    group = call.nheads // call.nheads_k
-    items = call.batch_size * call.seqlen_q * call.nheads_k * -(-group // MERGED_HEADS)
+    items = call.batch_size * call.seqlen_q * call.nheads
     return Launch(
         combine,
         programs(items, call.q.device),
         *(call.seqlen_q, call.q.shape[0], work.capacity, work.num_chunks, items),
         *(call.softmax_scale, *shared.limits, *shared.descale_strides, rows, call.nheads_k),
-        HEADS=MERGED_HEADS,
         UNROLL=UNROLL,
         num_warps=1,
         **shared.constexprs,

@@ -11,6 +11,7 @@ import argparse
 
 import torch
 
+from fa3_ops.tools import crew
 from fa3_ops.tools.consistency import model, peers
 from fa3_ops.tools.consistency.case import DTYPES, settings
 from fa3_ops.tools.consistency.outcome import check
@@ -29,6 +30,7 @@ def best_device() -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "npu", "cuda"), default=None)
     parser.add_argument("--dtype", choices=tuple(DTYPES), action="append", default=None)
+    crew.add_arguments(parser)
     model.add_arguments(parser)
 
 
@@ -43,7 +45,8 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"no device {device} here: {type(error).__name__}: {error}".splitlines()[0])
         return 1
     dtypes = [DTYPES[name] for name in arguments.dtype] if arguments.dtype else None
-    results = check(settings(device, dtypes))
+    with crew.crew(device, arguments.processes) as mapped:
+        results = check(settings(device, dtypes), mapped)
     print(results.table())
     print()
     print(results.summary())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from fa3_ops.tools import crew
 from fa3_ops.tools.consistency.case import Case, Setting
 from fa3_ops.tools.consistency.comparisons import COMPARISONS, Comparison
 
@@ -133,19 +135,27 @@ class Results:
         return f"bitwise contract on {self.device}: {counted}"
 
 
-def check(chosen: Sequence[Setting]) -> Results:
+case_of = functools.cache(Case)  # of a process: expected bits are computed once
+
+
+def run_task(task: tuple[int, Setting]) -> Outcome:
+    number, setting = task
+    return run(COMPARISONS[number], case_of(setting))
+
+
+def check(chosen: Sequence[Setting], mapped: crew.Map = map) -> Results:
     """All comparisons in all settings, which are of one device."""
     results = Results(chosen[0].device)
-    for setting in chosen:
-        case = Case(setting)
-        for comparison in COMPARISONS:
-            if setting.device not in comparison.devices:
-                continue
-            outcome = run(comparison, case)
+    there = [i for i, c in enumerate(COMPARISONS) if results.device in c.devices]
+    outcomes = mapped(run_task, [(i, setting) for i in there for setting in chosen])
+    for comparison in (COMPARISONS[i] for i in there):
+        row = results.rows[comparison.name] = Outcome(comparison, results.device)
+        for setting, outcome in zip(chosen, outcomes, strict=False):
+            row.add(outcome)
             if not outcome.held:
                 results.exceptions.append(
                     f"{comparison.name} ({setting}): {outcome.verdict}, {outcome.difference()}"
                 )
-            row = results.rows.setdefault(comparison.name, Outcome(comparison, setting.device))
-            row.add(outcome)
+        crew.tell(results.device, f"{comparison.name}: {row.verdict}")
+    case_of.cache_clear()
     return results

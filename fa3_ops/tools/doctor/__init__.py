@@ -13,18 +13,17 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-import torch
-
 import fa3_ops
-from fa3_ops.testing import sample_calls
+from fa3_ops.tools import crew
 from fa3_ops.tools.doctor import machine, results
 from fa3_ops.tools.doctor.report import Report, one_line
 
 GOLDEN = Path(__file__).parents[3] / "tests" / "golden"  # in a checkout
 
 
-def examine(device: str | None, golden: Path) -> Report:
-    report = Report(["# fa3_ops doctor"])
+def examine(device: str | None, golden: Path | None, processes: int | None) -> Report:
+    report = Report()
+    report.write("# fa3_ops doctor")
     no_npu, no_gpu = machine.import_torch_npu(), machine.no_gpu()
     device = device or ("npu" if no_npu is None else "cuda" if no_gpu is None else "cpu")
     for title, check in (
@@ -46,28 +45,32 @@ def examine(device: str | None, golden: Path) -> Report:
         report.say(f"no {title} here", missing)
         if name in wanted:
             report.failures.append(title)
-    served = compute(report, device, golden)
-    report.lines += ["", verdict(report, device, served)]
+    if golden is None and not crew.compiles(device):
+        golden = GOLDEN
+    with crew.crew(device, processes) as mapped:
+        served = compute(report, device, golden, mapped)
+    report.write("", verdict(report, device, served))
     return report
 
 
-def compute(report: Report, device: str, golden: Path) -> Counter[str]:
+def compute(report: Report, device: str, golden: Path | None, mapped: crew.Map) -> Counter[str]:
     """Everything that runs operators; how many calls each backend served."""
     served: Counter[str] = Counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         report.section(f"Results on {device}")
-        report.attempt("results", results.numbers, report, device, golden, served)
+        report.attempt("results", results.numbers, report, device, golden, served, mapped)
         report.section(f"Bitwise contract on {device}")
-        report.attempt("bitwise contract", results.bits, report, device)
+        report.attempt("bitwise contract", results.bits, report, device, mapped)
         report.section(f"Registration on {device}")
-        report.attempt("opcheck", results.opcheck, report, sample_calls(device, torch.float16))
+        report.attempt("opcheck", results.opcheck, report, device, mapped)
+    results.listed.cache_clear()
     fallbacks = {
         one_line(str(w.message)) for w in caught if issubclass(w.category, fa3_ops.FallbackWarning)
     }
     if fallbacks:
         report.section("Fallbacks")
-        report.lines += [f"- {text}" for text in sorted(fallbacks)]
+        report.write(*(f"- {text}" for text in sorted(fallbacks)))
     return served
 
 
@@ -82,12 +85,15 @@ def verdict(report: Report, device: str, served: Counter[str]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "npu", "cuda"), default=None)
     parser.add_argument(
-        "--golden", type=Path, default=GOLDEN, help="folder of recorded calls (tests/golden)"
+        "--golden",
+        type=Path,
+        default=None,
+        help="folder of recorded calls; that of a checkout, but where each compiles kernels",
     )
+    crew.add_arguments(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Prints the report; 1 if anything failed."""
-    report = examine(arguments.device, arguments.golden)
-    print("\n".join(report.lines))
+    report = examine(arguments.device, arguments.golden, arguments.processes)
     return int(bool(report.failures))

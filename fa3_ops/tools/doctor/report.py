@@ -1,4 +1,4 @@
-"""The report: Markdown, line by line, and what failed."""
+"""The report: Markdown, printed line by line, and what failed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ class Report:
     lines: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
+    def write(self, *lines: str) -> None:
+        self.lines += lines
+        print(*lines, sep="\n", flush=True)
+
     def section(self, title: str) -> None:
-        self.lines += ["", f"## {title}", ""]
+        self.write("", f"## {title}", "")
 
     def say(self, name: str, what: object) -> None:
-        self.lines.append(f"- {name}: {what}")
+        self.write(f"- {name}: {what}")
 
     def fail(self, name: str, what: object) -> None:
         self.failures.append(name)

@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import fa3_ops
-from fa3_ops.testing import FunctionCall, SampleCall, recorded_calls
-from fa3_ops.tools import consistency
+from fa3_ops.testing import FunctionCall, SampleCall, recorded_calls, sample_calls
+from fa3_ops.tools import consistency, crew
 from fa3_ops.tools.doctor.built_in import built_in_calls, gradients
 from fa3_ops.tools.doctor.report import Report, first_line
 
 
-def numbers(report: Report, device: str, golden: Path, served: Counter[str]) -> None:
+def numbers(
+    report: Report, device: str, golden: Path | None, served: Counter[str], mapped: crew.Map
+) -> None:
     """Next to recorded kernels and to the float64 reference; counts what each backend served."""
-    files = sorted(golden.glob("*.safetensors"))
-    if not files:
+    files = sorted(golden.glob("*.safetensors")) if golden is not None else []
+    if golden is None:
+        report.say("recorded calls", "left out: each compiles kernels; --golden FOLDER runs them")
+    elif not files:
         report.say(
             "recorded calls",
             f"none in {golden}; for them, run this in a checkout of fa3_ops, or pass its "
             "tests/golden as --golden",
         )
     for path in files:
-        report.attempt(f"recorded calls, {path.name}", check_recorded, report, path, device, served)
-    for dtype in (torch.float16, torch.bfloat16):
+        report.attempt(
+            *(f"recorded calls, {path.name}", check_calls),
+            *(report, path.name, right_calls, path, device, served, mapped),
+        )
+    dtypes = (torch.float16, torch.bfloat16)
+    errors = [mapped(functools.partial(gradients, device), [dtype]) for dtype in dtypes]
+    for dtype, error in zip(dtypes, errors, strict=True):
         name = str(dtype).removeprefix("torch.")
-        calls = built_in_calls(dtype)
         report.attempt(
             *(f"built-in calls, {name}", check_calls),
-            *(report, f"built-in, {name}", calls, device, served),
+            *(report, f"built-in, {name}", built_in_calls, dtype, device, served, mapped),
         )
-        report.attempt(f"gradients, {name}", gradients, device, dtype)
+        report.attempt(f"gradients, {name}", next, error)
 
 
 def right_calls(path: Path) -> list[FunctionCall]:
@@ -42,22 +52,37 @@ def right_calls(path: Path) -> list[FunctionCall]:
     return [call for call in recorded_calls(path) if call.kind == "right"]
 
 
-def check_recorded(report: Report, path: Path, device: str, served: Counter[str]) -> None:
-    check_calls(report, path.name, right_calls(path), device, served)
+@functools.cache  # in each process of a crew
+def listed(calls_of: Callable[..., Any], *arguments: Any) -> list[Any]:
+    return list(calls_of(*arguments))
 
 
 def check_calls(
-    report: Report, title: str, calls: list[FunctionCall], device: str, served: Counter[str]
+    report: Report,
+    title: str,
+    calls_of: Callable[[Any], list[FunctionCall]],
+    of: object,
+    device: str,
+    served: Counter[str],
+    mapped: crew.Map,
 ) -> None:
+    """The calls of a file or dtype."""
     here: Counter[str] = Counter()
     wrong = {}
-    for call in calls:
-        backend, what = attempt_call(call, device)
+    calls = calls_of(of)
+    attempt = functools.partial(attempt_one, calls_of, of, device)
+    for call, (backend, what) in zip(calls, mapped(attempt, range(len(calls))), strict=True):
         here[backend] += 1
         if what:
             wrong[f"{call.name} ({backend})"] = what
     report.judged(title, len(calls), wrong, f", served by {counted(here)}")
     served.update(here)
+
+
+def attempt_one(
+    calls_of: Callable[[Any], list[FunctionCall]], of: object, device: str, number: int
+) -> tuple[str, str]:
+    return attempt_call(listed(calls_of, of)[number], device)
 
 
 def attempt_call(call: FunctionCall, device: str) -> tuple[str, str]:
@@ -76,12 +101,24 @@ def counted(served: Counter[str]) -> str:
     return ", ".join(f"{backend} ({n})" for backend, n in served.most_common()) or "nothing"
 
 
-def opcheck(report: Report, calls: Iterable[SampleCall]) -> None:
+def samples(device: str) -> list[SampleCall]:
+    """Of every operator; where kernels are compiled for each, its first."""
+    calls = sample_calls(device, torch.float16)
+    return [call for call in calls if not crew.compiles(device) or call.name.endswith("-0")]
+
+
+def opcheck(report: Report, device: str, mapped: crew.Map) -> None:
     """Schemas, fake kernels and gradients of every operator, by PyTorch's own tests."""
+    names = [call.name for call in samples(device)]
+    attempt = functools.partial(attempt_sample, device)
     with warnings.catch_warnings():  # the samples are odd on purpose
         warnings.simplefilter("ignore", fa3_ops.FallbackWarning)
-        reasons = {call.name: attempt_opcheck(call) for call in calls}
+        reasons = dict(zip(names, mapped(attempt, range(len(names))), strict=True))
     report.judged("opcheck", len(reasons), {name: why for name, why in reasons.items() if why})
+
+
+def attempt_sample(device: str, number: int) -> str:
+    return attempt_opcheck(listed(samples, device)[number])
 
 
 def attempt_opcheck(call: SampleCall) -> str:
@@ -93,8 +130,15 @@ def attempt_opcheck(call: SampleCall) -> str:
     return ""
 
 
-def bits(report: Report, device: str) -> None:
-    results = consistency.check(consistency.settings(device))
-    report.lines += [results.table(), ""]
+def bits(report: Report, device: str, mapped: crew.Map) -> None:
+    """All of the contract; where kernels are compiled, in one setting."""
+    chosen = consistency.settings(device)
+    if crew.compiles(device):
+        chosen = [setting for setting in chosen if setting.dtype == torch.bfloat16][:1]
+        report.write(
+            f"Of {chosen[0]}; `python -m fa3_ops consistency` has all dtypes and masks.", ""
+        )
+    results = consistency.check(chosen, mapped)
+    report.write(results.table(), "")
     report.say("summary", results.summary())
     report.failures += [name for name, row in results.rows.items() if row.failed]

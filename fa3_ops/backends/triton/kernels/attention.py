@@ -13,7 +13,6 @@ import triton.language as tl
 
 from fa3_ops.backends.triton.kernels.keys import load_block, load_described
 from fa3_ops.backends.triton.kernels.rows import (
-    load_numbers,
     load_of_heads,
     load_rows,
     of_tokens,
@@ -22,6 +21,7 @@ from fa3_ops.backends.triton.kernels.rows import (
     store_rows,
 )
 from fa3_ops.backends.triton.kernels.sequences import (
+    LENGTHS,
     bounded,
     key_rows,
     query_rows,
@@ -120,14 +120,15 @@ def store_part(
 
 @triton.jit
 def load_part(
-    part_out, part_ml, at, parts, heads,
-    HEADDIM_V: tl.constexpr, HEADS: tl.constexpr, DIM_V: tl.constexpr,
+    part_out, part_ml, at, parts, exists, HEADDIM_V: tl.constexpr, DIM_V: tl.constexpr
 ):
-    """The state of `heads` heads of a token as store_part wrote it; of others an empty one."""
-    m = load_numbers(part_ml + at, 1, heads, 0, NONE, 1, HEADS)
-    total = load_numbers(part_ml + parts + at, 1, heads, 0, 0.0, 1, HEADS)
-    acc = load_rows(part_out + at * HEADDIM_V, 1, heads, HEADDIM_V, 0, HEADDIM_V, 1, HEADS, DIM_V)
-    return m, total, acc
+    """The state of a row as store_part wrote it, an empty one unless it exists. Numbers are loaded
+    as scalars: the compiler takes long to lay out tensors of one."""
+    m = tl.broadcast_to(tl.load(part_ml + at, mask=exists, other=NONE), [1])
+    total = tl.broadcast_to(tl.load(part_ml + parts + at, mask=exists, other=0.0), [1])
+    column = tl.arange(0, DIM_V)[None, :]
+    there = exists & (column < HEADDIM_V)
+    return m, total, tl.load(part_out + at * HEADDIM_V + column, mask=there, other=0.0)
 
 
 @triton.jit
@@ -288,10 +289,11 @@ def attend(
     return m, total, acc
 
 
-@triton.jit(do_not_specialize=[
+@triton.jit(do_not_specialize_on_alignment=LENGTHS, do_not_specialize=[
     "batch_size", "seqlen_q", "total_q", "capacity", "entries", "num_pages", "tiles", "num_chunks",
     "work_items", "softmax_scale", "softcap", "window_left", "window_right", "attention_chunk",
-    "table_row", "part_stride",
+    "table_row", "qd_batch", "qd_head", "kd_batch", "kd_head", "vd_batch", "vd_head", "alibi_batch",
+    "part_stride", "nheads_k",
 ])
 def attention(
     q, k, v, qv, k_described, k_rest_described, v_described, out, softmax_lse, part_out, part_ml,
@@ -311,7 +313,8 @@ def attention(
     """Writes out (rows, nheads, headdim_v) and softmax_lse, or with SPLIT the state of a chunk:
     part_out (num_chunks, rows, nheads, headdim_v) and part_ml (2, num_chunks, rows, nheads)."""
     LIMITED: tl.constexpr = window_left is not None or attention_chunk is not None
-    LOWER: tl.constexpr = LIMITED or cache_start is not None
+    # Products of floats are unrolled: one loop, with masks, is compiled in half the time of two.
+    LOWER: tl.constexpr = LIMITED or cache_start is not None or tl.float32 == COMPUTE
     HEAD_BLOCKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     for work in range(tl.program_id(0), work_items, tl.num_programs(0)):
         b, head_k, tile, chunk = tile_of(work, batch_size, nheads_k, tiles, num_chunks, NEIGHBOURS)
@@ -378,9 +381,10 @@ def attention(
                 )
 
 
-@triton.jit(do_not_specialize=[
+@triton.jit(do_not_specialize_on_alignment=LENGTHS, do_not_specialize=[
     "seqlen_q", "total_q", "capacity", "num_chunks", "work_items", "softmax_scale",
-    "window_left", "window_right", "attention_chunk", "part_stride",
+    "window_left", "window_right", "attention_chunk",
+    "qd_batch", "qd_head", "kd_batch", "kd_head", "vd_batch", "vd_head", "part_stride", "nheads_k",
 ])
 def combine(
     part_out, part_ml, out, softmax_lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
@@ -388,17 +392,16 @@ def combine(
     seqlen_q, total_q, capacity, num_chunks, work_items, softmax_scale,
     window_left, window_right, attention_chunk,
     qd_batch, qd_head, kd_batch, kd_head, vd_batch, vd_head, part_stride, nheads_k,
-    GROUP: tl.constexpr, HEADDIM_V: tl.constexpr, DIM_V: tl.constexpr, HEADS: tl.constexpr,
+    GROUP: tl.constexpr, HEADDIM_V: tl.constexpr, DIM_V: tl.constexpr,
     CHUNK: tl.constexpr, TRANSFORMED: tl.constexpr, UNROLL: tl.constexpr,
 ):
-    """Merges the chunks of SPLIT for HEADS heads of a group and one token, in order."""
-    HEAD_BLOCKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    """Merges the chunks of SPLIT for one head of a token, in order."""
     for work in range(tl.program_id(0), work_items, tl.num_programs(0)):
-        head_k = work // HEAD_BLOCKS % nheads_k
-        heads = GROUP - work % HEAD_BLOCKS * HEADS
-        head = head_k * GROUP + work % HEAD_BLOCKS * HEADS
-        token = work // HEAD_BLOCKS // nheads_k % seqlen_q
-        b = work // HEAD_BLOCKS // nheads_k // seqlen_q
+        nheads = nheads_k * GROUP
+        head = work % nheads
+        head_k = head // GROUP
+        token = work // nheads % seqlen_q
+        b = work // nheads // seqlen_q
         row, rows = query_rows(b, seqlen_q, total_q, cu_seqlens_q, seqused_q)
         shift, first, end = key_rows(
             b, capacity, cu_seqlens_k, seqused_k, cache_leftpad, cache_start
@@ -407,27 +410,25 @@ def combine(
             token, token, rows, first, end, window_left, window_right, attention_chunk
         )
         if token < (seqlen_q if cu_seqlens_q is None else rows):
-            nheads = nheads_k * GROUP
             scale, qv_scale, c, v_scale = factors(
                 b, head_k, softmax_scale, q_descale, k_descale, v_descale,
                 qd_batch, qd_head, kd_batch, kd_head, vd_batch, vd_head, TRANSFORMED,
             )
             at = (first_row(b, row, seqlen_q, cu_seqlens_q) + token).to(tl.int64) * nheads + head
-            m, total, acc = empty_state(HEADS, DIM_V)
+            m, total, acc = empty_state(1, DIM_V)
             last_chunk = tl.where(low < high, (high + CHUNK - 1) // CHUNK, 0)
             for chunk in range(low // CHUNK, last_chunk, UNROLL):
                 for i in tl.static_range(UNROLL):
                     m_next, total_next, acc_next = load_part(
                         part_out, part_ml, at + (chunk + i) % num_chunks * part_stride,
-                        num_chunks * part_stride, tl.where(chunk + i < last_chunk, heads, 0),
-                        HEADDIM_V, HEADS, DIM_V,
+                        num_chunks * part_stride, chunk + i < last_chunk, HEADDIM_V, DIM_V,
                     )
                     m, total, acc = merge(m, total, acc, m_next, total_next, acc_next, c)
             sink = None
             if sinks is not None:
-                sink = load_of_heads(sinks + head, heads, 1, HEADS)
+                sink = load_of_heads(sinks + head, 1, 1, 1)
             acc, lse = finish(m, total, acc, c, sink, v_scale)
             store_results(
-                out, softmax_lse, acc, lse, b, row, token, head, 1, heads, nheads, seqlen_q,
-                total_q, cu_seqlens_q, HEADDIM_V, 1, HEADS, DIM_V,
+                out, softmax_lse, acc, lse, b, row, token, head, 1, 1, nheads, seqlen_q,
+                total_q, cu_seqlens_q, HEADDIM_V, 1, 1, DIM_V,
             )

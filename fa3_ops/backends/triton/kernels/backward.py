@@ -11,7 +11,13 @@ import triton.language as tl
 
 from fa3_ops.backends.triton.kernels.attention import first_row, lse_at, tile_of
 from fa3_ops.backends.triton.kernels.keys import ROWS, load_block
-from fa3_ops.backends.triton.kernels.sequences import key_rows, query_rows, range_of, visible
+from fa3_ops.backends.triton.kernels.sequences import (
+    LENGTHS,
+    key_rows,
+    query_rows,
+    range_of,
+    visible,
+)
 from fa3_ops.backends.triton.kernels.softmax import LOG2E, tanh
 
 
@@ -118,7 +124,9 @@ def gradients_of_scores(p, dp, delta, tanh_of_scores, softcap):
     return ds
 
 
-@triton.jit(do_not_specialize=["batch_size", "seqlen_q", "total_q", "tiles", "work_items"])
+@triton.jit(do_not_specialize_on_alignment=LENGTHS, do_not_specialize=[
+    "batch_size", "seqlen_q", "total_q", "tiles", "work_items", "nheads",
+])
 def row_terms(
     dout, out, softmax_lse, dsoftmax_lse, shift, delta, cu_seqlens_q, seqused_q,
     batch_size, seqlen_q, total_q, tiles, work_items,
@@ -198,9 +206,9 @@ def add_rows(
     return dk, dk_rest, dv
 
 
-@triton.jit(do_not_specialize=[
+@triton.jit(do_not_specialize_on_alignment=LENGTHS, do_not_specialize=[
     "batch_size", "seqlen_q", "total_q", "capacity", "tiles", "work_items", "softmax_scale",
-    "softcap", "window_left", "window_right", "attention_chunk",
+    "softcap", "window_left", "window_right", "attention_chunk", "alibi_batch", "nheads_k",
 ])
 def gradients_of_keys(
     q, k, v, dout, q_described, q_rest_described, dout_described, shift, delta, dk, dv,
@@ -309,9 +317,9 @@ def add_keys(
     return dq, dq_rest
 
 
-@triton.jit(do_not_specialize=[
+@triton.jit(do_not_specialize_on_alignment=LENGTHS, do_not_specialize=[
     "batch_size", "seqlen_q", "total_q", "capacity", "tiles", "work_items", "softmax_scale",
-    "softcap", "window_left", "window_right", "attention_chunk",
+    "softcap", "window_left", "window_right", "attention_chunk", "alibi_batch", "nheads_k",
 ])
 def gradients_of_rows(
     q, k, v, dout, k_described, k_rest_described, v_described, shift, delta, dq,

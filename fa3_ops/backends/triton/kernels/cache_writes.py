@@ -6,7 +6,7 @@ import triton.language as tl
 
 from fa3_ops.backends.triton.kernels.numbers import PLAIN, quantised
 from fa3_ops.backends.triton.kernels.rotary import rotated
-from fa3_ops.backends.triton.kernels.sequences import bounded, row_of
+from fa3_ops.backends.triton.kernels.sequences import LENGTHS, bounded, row_of
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def descale_of(descale, b, head, exists, batch_stride, head_stride):
         return tl.load(descale + b * batch_stride + head * head_stride, mask=exists, other=1.0)
 
 
-@triton.jit(do_not_specialize=[
+@triton.jit(do_not_specialize_on_alignment=LENGTHS, do_not_specialize=[
     "batch_size", "rows", "pages", "page_size", "table_entries", "table_width", "positions",
     "nheads_k", "head_blocks", "work_items", "table_row", "kd_batch", "kd_head", "vd_batch",
     "vd_head",

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from fa3_ops.backends.triton.kernels.numbers import narrowed, widened
-from fa3_ops.backends.triton.kernels.sequences import bounded, row_of
+from fa3_ops.backends.triton.kernels.sequences import LENGTHS, bounded, row_of
 
 
 @triton.jit
@@ -37,7 +37,7 @@ def copy(x, out, at, out_at, exists, begin, WIDTH: tl.constexpr, DIM: tl.constex
     tl.store(out + out_at[:, None] + columns, row, mask=mask)
 
 
-@triton.jit(do_not_specialize=[
+@triton.jit(do_not_specialize_on_alignment=LENGTHS, do_not_specialize=[
     "batch_size", "rows", "positions", "nheads", "head_blocks", "work_items",
 ])
 def apply_rotary(

@@ -57,17 +57,6 @@ def store_rows(
 
 
 @triton.jit
-def load_numbers(
-    x, tokens, heads, row_stride, other, TOKENS: tl.constexpr, HEADS: tl.constexpr
-):
-    """One of every row from (tokens, heads)."""
-    token, head = tl.arange(0, TOKENS)[:, None], tl.arange(0, HEADS)[None, :]
-    there = (token < tokens) & (head < heads)
-    x = tl.load(x + token.to(tl.int64) * row_stride + head, mask=there, other=other)
-    return tl.reshape(x, [TOKENS * HEADS])
-
-
-@triton.jit
 def store_numbers(
     x, numbers, tokens, heads, row_stride, TOKENS: tl.constexpr, HEADS: tl.constexpr
 ):

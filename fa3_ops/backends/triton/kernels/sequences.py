@@ -8,6 +8,14 @@ kernel can neither raise nor be trusted to stop at a mask.
 import triton
 import triton.language as tl
 
+# Arguments that are read number by number: where those of a batch's second half lie is no reason to
+# compile a kernel anew.
+LENGTHS = [
+    *("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new", "seqused_q", "seqused_k"),
+    *("cache_seqlens", "cache_batch_idx", "cache_leftpad", "cache_start", "page_table"),
+    *("rotary_seqlens", "slot_mapping"),
+]
+
 
 @triton.jit
 def bounded(x, low, high):

@@ -95,6 +95,48 @@ def test_as_exact_as_the_recorded_kernel(call: FunctionCall) -> None:
     assert call.disagreements(out.cpu(), softmax_lse.cpu(), on_cpu) == []
 
 
+NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache"),
+    [(torch.bfloat16, cache) for cache in (torch.bfloat16, *NARROW)]
+    + [(torch.float16, torch.float8_e4m3fn), (torch.float8_e4m3fn, torch.float8_e4m3fn)],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("page_size", "headdim"), [(None, 128), (16, 128), (64, 128), (16, 80)], ids=str
+)
+def test_decode_has_the_bits_of_prefill(
+    dtype: torch.dtype, cache: torch.dtype, page_size: int | None, headdim: int
+) -> None:
+    """Of a row of any of the last 40 tokens, by 2 sequences and by 40."""
+    lengths = torch.tensor([1300, 1984], dtype=torch.int32, device="cuda")
+    q = torch.randn(2, 40, 32, headdim, device="cuda").to(dtype)
+    k, v = (torch.randn(2, 1984, 8, headdim, device="cuda") for _ in "kv")
+    k, v = ((x * (40 if cache == torch.int8 else 1)).clamp(-127, 127).to(cache) for x in (k, v))
+    more: dict[str, Any] = {"causal": True, "softmax_scale": 0.01 if cache == torch.int8 else 0.1}
+    if page_size is not None:
+        k, v = (x.reshape(-1, page_size, 8, headdim) for x in (k, v))
+        more["page_table"] = torch.arange(len(k), device="cuda").flip(0).int().view(2, -1)
+    want = fa3_ops.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, **more)
+    for row in (0, 17, 39):
+        alone = fa3_ops.flash_attn_with_kvcache(
+            q[:, row : row + 1], k, v, cache_seqlens=lengths - 39 + row, **more
+        )
+        assert torch.equal(alone[:, 0], want[:, row])
+    if page_size is not None:
+        more["page_table"] = more["page_table"].repeat_interleave(40, 0)
+        rows = torch.arange(40, device="cuda").repeat(2)
+        many = fa3_ops.flash_attn_with_kvcache(
+            q.flatten(0, 1)[:, None],
+            *(k, v),
+            cache_seqlens=(lengths.repeat_interleave(40) - 39 + rows).int(),
+            **more,
+        )
+        assert torch.equal(many[:, 0], want.flatten(0, 1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("headdim", [64, 128])
 @pytest.mark.parametrize("layout", ["dense", "packed", "paged"])

@@ -20,7 +20,7 @@ import fa3_ops
 from fa3_ops import backends
 from fa3_ops.backends import triton
 from fa3_ops.backends.cuda import prefill
-from fa3_ops.backends.triton import attention, gradient
+from fa3_ops.backends.triton import attention, gradient, narrow
 from fa3_ops.testing import sample_calls
 from fa3_ops.testing.samples import rand, rotary
 
@@ -113,7 +113,9 @@ def attentions() -> None:
                 attend(tokens, keys)
                 attend(tokens, keys, page_size=64)
         attend(1, 1024, page_size=16)
-    attend(1, 1024, cache=torch.float8_e4m3fn, k_descale=torch.ones(1))
+    for cache in (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8):
+        for tokens in (1, 70):
+            attend(tokens, 1024, cache=cache, k_descale=torch.ones(1))
     attend(70, 1024, softcap=5.0, alibi_slopes=torch.ones(4), sinks=torch.ones(4), **everything)
     attend(70, 1024, attention_chunk=50, window_size=(9, 0), headdim=96)
     attend(1, 1024, headdim=512, qv=rand(1, 1, 4, 512).bfloat16())
@@ -122,7 +124,8 @@ def attentions() -> None:
 
 if __name__ == "__main__":
     driver.set_active(H100())
-    gradient.has_descriptors = attention.has_descriptors = lambda device: True
+    for module in (attention, gradient, narrow):
+        module.has_descriptors = lambda device: True
     prefill.is_hopper = lambda device: True
     JITFunction.run = only_compile
     for kind, backend in SERVED.items():

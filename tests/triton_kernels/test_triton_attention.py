@@ -22,7 +22,7 @@ from torch import Tensor
 
 import fa3_ops
 from fa3_ops import reference
-from fa3_ops.backends.triton import attention
+from fa3_ops.backends.triton import attention, narrow
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEADDIMS = st.tuples(st.integers(1, 24), st.integers(1, 24))
@@ -132,6 +132,27 @@ class TestBits:
             **options,
         )
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("cache", [torch.float8_e5m2, torch.int8], ids=str)
+@pytest.mark.parametrize("headdims", [(16, 24), (80, 64)], ids=str)
+def test_pairs_of_a_narrow_cache(
+    headdims: tuple[int, int], cache: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Hopper loads them. float8_e4m3fn is converted there by what no interpreter has."""
+    monkeypatch.setattr(narrow, "has_descriptors", lambda device: True)
+    q, k, v = (torch.randn(2, n, h, headdims[0]) for n, h in ((3, 4), (70, 2), (70, 2)))
+    k, v = ((20 * x).to(cache) for x in (k, v.repeat(1, 1, 1, 2)[..., : headdims[1]]))
+    q = (q * 2.0**20).half().clamp(-1000, 1000) if cache == torch.int8 else q.bfloat16() * 2.0**20
+    options = {"softmax_scale": 2.0**-26, "causal": True, "k_descale": torch.tensor([0.3])}
+    out = fa3_ops.flash_attn_with_kvcache(q, k, v, cache_seqlens=ints(70, 50), **options)
+    want, _ = reference.flash_attn_with_kvcache(q, k, v, cache_seqlens=ints(70, 50), **options)
+    assert_close(out / 20, want / 20, q.dtype)
+    shifted = torch.zeros(2, 70, 2, headdims[0] + 1).to(cache)[..., 1:].copy_(k)
+    alone = fa3_ops.flash_attn_with_kvcache(
+        q[:, 1:2], shifted, v, cache_seqlens=ints(69, 49), **options
+    )
+    assert torch.equal(alone, out[:, 1:2])
 
 
 def test_nan_of_a_score_reaches_out_and_softmax_lse() -> None:

@@ -15,13 +15,12 @@ from fa3_ops.backends.devices import on
 from fa3_ops.backends.lowering.alignment import is_aligned
 from fa3_ops.backends.triton.device import has_descriptors, processors, programs, reasons_against
 from fa3_ops.backends.triton.launch import Launch, empty
+from fa3_ops.backends.triton.narrow import format_of_pairs, in_pairs, is_bitwise, widths
 from fa3_ops.backends.triton.rows import strides
 from fa3_ops.backends.triton.schedule import (
     CHUNK,
     Schedule,
     block_n,
-    parts_of,
-    power_of_two,
     schedule,
 )
 
@@ -30,10 +29,11 @@ TENSORS = (
     *("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "cache_batch_idx"),
     *("cache_leftpad", "cache_start", "page_table", "alibi_slopes", "sinks"),
 )
-ROWS, BLOCKS, PAGES = range(3)  # how k and v lie, as kernels/keys.py has it
+ROWS, BLOCKS, PAGES, PARTS = range(4)  # how k and v lie, as kernels/keys.py has it
 NEIGHBOURS = 8  # pairs of sequence and KV head that are at work together
 MOST_ROWS = 64  # of a tile
 UNROLL = 16  # chunks that `combine` loads at once
+REGISTERS = 128  # of a thread of `combine`: enough for so many chunks
 
 
 class TritonAttention(Backend[Attention]):
@@ -46,7 +46,7 @@ class TritonAttention(Backend[Attention]):
         return reasons_against(request.q.dtype)
 
     def is_bitwise(self, request: Attention, run: Run) -> bool:
-        return True
+        return is_bitwise(request)
 
     def lower(self, request: Attention, run: Run) -> Attention:
         """The kernel reads any strides but the last dimension's."""
@@ -116,7 +116,11 @@ def layout_of(call: Attention, keys: int) -> int:
     if call.page_table is None:
         return ROWS
     moved = call.cache_leftpad is not None or call.cache_start is not None
-    return BLOCKS if call.k.shape[1] % keys == 0 and not moved else PAGES
+    if moved:
+        return PAGES
+    if call.k.shape[1] % keys == 0:
+        return BLOCKS
+    return PARTS if keys % call.k.shape[1] == 0 else PAGES
 
 
 class Results:
@@ -144,6 +148,10 @@ class Shared:
 
     limits: tuple[int | None, ...]  # of what a row sees: left, right, attention_chunk
     descale_strides: tuple[int, ...]
+    format: int | None  # of pairs that k and v are loaded in
+    dim: int
+    dim_rest: int
+    overlapped: bool  # what waits for memory, with other work: on Hopper
     constexprs: dict[str, Any]
 
     @staticmethod
@@ -158,15 +166,23 @@ class Shared:
             or any(x is not None for x in of_scores)
             or call.softmax_scale <= 0
         )
+        format = format_of_pairs(call)
+        dim, dim_rest, dim_v = widths(call, format is not None)
+        overlapped = has_descriptors(call.q.device)
         return Shared(
             (left, right, call.attention_chunk or None),
             tuple(n for x in descales for n in ((0, 0) if x is None else x.stride())),
+            format,
+            dim,
+            dim_rest,
+            overlapped,
             {
                 "GROUP": call.nheads // call.nheads_k,
                 "HEADDIM_V": call.headdim_v,
-                "DIM_V": power_of_two(call.headdim_v),
+                "DIM_V": dim_v,
                 "CHUNK": CHUNK,
                 "TRANSFORMED": transformed,
+                "OVERLAPPED": overlapped,
             },
         )
 
@@ -180,26 +196,28 @@ class Attend:
     everything is decided here but its tensors; none is kept."""
 
     def __init__(self, call: Attention, most_rows: int) -> None:
-        self.work, shared = Work.of(call, most_rows), Shared.of(call)
-        self.attention = attention_of(call, self.work, shared)
+        self.work, self.shared = Work.of(call, most_rows), Shared.of(call)
+        self.attention = attention_of(call, self.work, self.shared)
         self.results = Results(call)
         rows = call.q.shape[:-1].numel()
         shapes = (self.work.num_chunks, rows, call.headdim_v), (2, self.work.num_chunks, rows)
         self.parts = [empty(shape, torch.float32, call.device) for shape in shapes]
-        self.combine = combine_of(call, self.work, shared) if self.work.schedule.split else None
-        self.described = describes(call, self.work)
+        split = self.work.schedule.split
+        self.combine = combine_of(call, self.work, self.shared) if split else None
+        self.described = describes(call, self.work, self.shared)
 
     def __call__(self, call: Attention) -> tuple[Tensor, Tensor]:
         out, lse = self.results()
         parts: tuple[Tensor | None, ...] = (None, None)
-        keys = (None, None, None)
+        described = (None, None, None)
+        k, v = keys_of(call, self.shared)
         if self.combine is not None:
             parts = tuple(make() for make in self.parts)
         if self.described:
-            keys = described_keys(call, self.work)
+            described = described_keys(call, self.work, self.shared, k, v)
         lengths, descales = lengths_of(call), descales_of(call)
         self.attention(
-            *(call.q, call.k, call.v, call.qv, *keys, out, lse, *parts),
+            *(call.q, k, v, call.qv, *described, out, lse, *parts),
             *(*lengths, call.cache_batch_idx, call.cache_leftpad, call.cache_start),
             *(call.page_table, *descales, call.alibi_slopes, call.sinks),
         )
@@ -215,23 +233,25 @@ def attention_of(call: Attention, work: Work, shared: Shared) -> Launch:
     plan, slopes = work.schedule, call.alibi_slopes
     rows = call.q.shape[:-1].numel()
     items = plan.tiles * call.batch_size * call.nheads_k * work.num_chunks
-    dim, dim_rest = parts_of(call.headdim)
+    k, v = keys_of(call, shared)
     return Launch(
         attention,
         programs(items, call.q.device),
         *(call.batch_size, call.seqlen_q, call.q.shape[0], work.capacity),
         *(_entries(call), call.k.shape[0], plan.tiles, work.num_chunks, items),
         *(call.softmax_scale, call.softcap or None, *shared.limits),
-        *(*strides(call.q), *strides(call.qv), *strides(call.k), *strides(call.v)),
+        *(*strides(call.q), *strides(call.qv), *strides(k), *strides(v)),
         *(0 if call.page_table is None else call.page_table.stride(0), *shared.descale_strides),
         *(0 if slopes is None or slopes.dim() == 1 else slopes.stride(0), rows, call.nheads_k),
         HEADDIM=call.headdim,
-        DIM=dim,
-        DIM_REST=dim_rest,
+        DIM=shared.dim,
+        DIM_REST=shared.dim_rest,
         TOKENS=plan.block_m // plan.heads,
         HEADS=plan.heads,
         BLOCK_N=work.block_n,
-        COMPUTE=_compute_type(call.q.dtype),
+        COMPUTE=_compute_type(call),
+        FORMAT=shared.format,
+        AHEAD=shared.overlapped,
         LAYOUT=layout_of(call, work.block_n),
         PAGE_SIZE=1 if call.page_table is None else call.k.shape[1],
         SPLIT=plan.split,
@@ -256,32 +276,42 @@ def combine_of(call: Attention, work: Work, shared: Shared) -> Launch:
         *(call.softmax_scale, *shared.limits, *shared.descale_strides, rows, call.nheads_k),
         UNROLL=UNROLL,
         num_warps=1,
+        **({"launch_pdl": True, "maxnreg": REGISTERS} if shared.overlapped else {}),
         **shared.constexprs,
     )
 
 
-def described_keys(call: Attention, work: Work) -> tuple[Any, Any, Any]:
-    """Tensor descriptors of k, of the rest of its columns and of v, by which a device copies whole
-    blocks."""
-    dim, dim_rest = parts_of(call.headdim)
-    k, v = (x[None] if call.cu_seqlens_k is not None else x for x in (call.k, call.v))
-    rest = described(k, work.block_n, dim_rest) if dim_rest else None
+def keys_of(call: Attention, shared: Shared) -> tuple[Tensor, Tensor]:
+    """k and v as the kernel loads them."""
+    if shared.format is None:
+        return call.k, call.v
+    return in_pairs(call.k), in_pairs(call.v)
+
+
+def described_keys(
+    call: Attention, work: Work, shared: Shared, k: Tensor, v: Tensor
+) -> tuple[Any, Any, Any]:
+    """Tensor descriptors of k, of the rest of its columns and of v, which may be in pairs: by them
+    a device copies whole blocks."""
+    k, v = (x[None] if call.cu_seqlens_k is not None else x for x in (k, v))
+    per = call.headdim // k.shape[-1]
+    rest = described(k, work.block_n, shared.dim_rest // per) if shared.dim_rest else None
     return (
-        described(k, work.block_n, dim),
+        described(k, work.block_n, shared.dim // per),
         rest,
-        described(v, work.block_n, call.headdim_v),
+        described(v, work.block_n, v.shape[-1]),
     )
 
 
-def describes(call: Attention, work: Work) -> bool:
+def describes(call: Attention, work: Work, shared: Shared) -> bool:
     """Not where the device has no such thing or k and v do not fit."""
     return (
         work.schedule.block_m == MOST_ROWS
         and has_descriptors(call.q.device)
         and call.k.dtype == call.q.dtype != torch.float32
-        and sum(parts_of(call.headdim)) == call.headdim
-        and power_of_two(call.headdim_v) == call.headdim_v
-        and layout_of(call, work.block_n) != PAGES
+        and shared.dim + shared.dim_rest == call.headdim
+        and shared.constexprs["DIM_V"] == call.headdim_v
+        and layout_of(call, work.block_n) in (ROWS, BLOCKS)
         and is_aligned(call.k)
         and is_aligned(call.v)
     )
@@ -307,9 +337,10 @@ def descales_of(call: Attention) -> tuple[Tensor | None, ...]:
     return tuple(None if x is None else x.expand(shape) for x in given)
 
 
-def _compute_type(dtype: torch.dtype) -> Any:
-    """What products are made of. float16 holds every FP8 number, and weights more exactly."""
+def _compute_type(call: Attention) -> Any:
+    """What products are made of. float16 holds every number of 8 bits, and weights more exactly."""
     import triton.language as tl
 
-    types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
-    return types.get(dtype, tl.float16)
+    if call.q.dtype == torch.float32:
+        return tl.float32
+    return tl.bfloat16 if call.q.dtype == torch.bfloat16 and not call.is_narrow else tl.float16

@@ -86,10 +86,12 @@ def schedule(
     block_m, num_warps = shape_of(dtype, *dims, few)
     block_m = min(block_m, most_rows)
     tiles, heads = fewest_tiles(tokens, group, block_m)
-    enough = 2 * processors if few else processors
+    enough = 15 * processors // 8 if few else processors
     split = num_chunks > 1 and tiles * pairs < enough
     split = split and num_chunks * numbers <= MOST_PARTIAL_NUMBERS
     items = tiles * pairs * (num_chunks if split else 1)
-    if few and max(dims) <= 128 and dtype != torch.float32 and items > processors:
-        num_warps = 2  # more programs at a time, each slower
-    return Schedule(block_m, heads, tiles, num_warps, 2, split)
+    num_stages = 2
+    if few and max(dims) <= 128 and dtype != torch.float32:
+        # Many programs hide each other's waiting; few have to load further ahead.
+        num_warps, num_stages = (2, 2) if items > 2 * processors else (4, 3)
+    return Schedule(block_m, heads, tiles, num_warps, num_stages, split)

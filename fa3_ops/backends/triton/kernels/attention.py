@@ -11,7 +11,16 @@ neither.
 import triton
 import triton.language as tl
 
-from fa3_ops.backends.triton.kernels.keys import load_block, load_described
+from fa3_ops.backends.triton.kernels.keys import load_block, load_described, pages_of
+from fa3_ops.backends.triton.kernels.narrow import (
+    in_order,
+    largest_bits,
+    product,
+    scaled_to_float16,
+    unit_of_scaled,
+    weighted,
+)
+from fa3_ops.backends.triton.kernels.overlap import start_dependents, wait_for_predecessor
 from fa3_ops.backends.triton.kernels.rows import (
     load_of_heads,
     load_rows,
@@ -164,56 +173,61 @@ def entry_of(b, entries, cache_batch_idx):
 
 @triton.jit
 def load_keys(
-    x, described, pages, block, shift, entry, head_k, low, high, stride, page_stride, num_pages,
+    x, described, page, block, shift, entry, head_k, low, high, stride, page_stride,
     capacity, column, width, LAYOUT: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
     DIM: tl.constexpr, EVEN: tl.constexpr, MASKED: tl.constexpr,
 ):
     if MASKED or described is None:
         return load_block(
-            x, pages, block, shift, low, high, stride, page_stride, num_pages, capacity, column,
+            x, page, block, shift, low, high, stride, page_stride, capacity, column,
             width, LAYOUT, PAGE_SIZE, BLOCK_N, DIM, EVEN, MASKED,
         )
     else:
         return load_described(
-            described, pages, block, shift, entry, head_k, num_pages, column,
+            described, page, block, shift, entry, head_k, column,
             LAYOUT, PAGE_SIZE, BLOCK_N, DIM,
         )
 
 
 @triton.jit
 def attend_block(
-    q, q_rest, qv, k, v, k_described, k_rest_described, v_described, pages, entry, head_k,
+    q, q_rest, qv, k, v, k_described, k_rest_described, v_described, page, entry, head_k,
     block, shift, low, high, begin, stop, diagonal, slope, k_row, k_page, v_row, v_page,
-    num_pages, capacity, scale, qv_scale, softcap, c, m, total, acc,
+    num_pages, capacity, scale, qv_scale, softcap, c, unit, m, total, acc,
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, DIM: tl.constexpr, DIM_REST: tl.constexpr,
     DIM_V: tl.constexpr, BLOCK_N: tl.constexpr, COMPUTE: tl.constexpr, LAYOUT: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, TRANSFORMED: tl.constexpr, MASKED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, TRANSFORMED: tl.constexpr, FORMAT: tl.constexpr, MASKED: tl.constexpr,
 ):
     """The state after one block of keys."""
+    PER: tl.constexpr = 1 if FORMAT is None else 2
+    page = bounded(page, 0, num_pages - 1)
     keys = load_keys(
-        k, k_described, pages, block, shift, entry, head_k, low, high, k_row, k_page, num_pages,
-        capacity, 0, HEADDIM, LAYOUT, PAGE_SIZE, BLOCK_N, DIM, HEADDIM >= DIM, MASKED,
-    ).to(COMPUTE)
-    scores = tl.dot(q, tl.trans(keys), input_precision="ieee")
+        k, k_described, page, block, shift, entry, head_k, low, high, k_row, k_page,
+        capacity, 0, HEADDIM // PER, LAYOUT, PAGE_SIZE, BLOCK_N, DIM // PER, HEADDIM >= DIM, MASKED,
+    )
+    nothing = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
+    scores = product(q, keys, nothing, FORMAT)
     if DIM_REST > 0:
         keys = load_keys(
-            k, k_rest_described, pages, block, shift, entry, head_k, low, high, k_row, k_page,
-            num_pages, capacity, DIM, HEADDIM, LAYOUT, PAGE_SIZE, BLOCK_N, DIM_REST,
+            k, k_rest_described, page, block, shift, entry, head_k, low, high, k_row, k_page,
+            capacity, DIM // PER, HEADDIM // PER, LAYOUT, PAGE_SIZE, BLOCK_N, DIM_REST // PER,
             HEADDIM == DIM + DIM_REST, MASKED,
-        ).to(COMPUTE)
-        scores = tl.dot(q_rest, tl.trans(keys), scores, input_precision="ieee")
+        )
+        scores = product(q_rest, keys, scores, FORMAT)
     if TRANSFORMED:
         scores = scores * scale
     if qv is not None:
         values = load_keys(
-            v, v_described, pages, block, shift, entry, head_k, low, high, v_row, v_page,
-            num_pages, capacity, 0, HEADDIM_V, LAYOUT, PAGE_SIZE, BLOCK_N, DIM_V,
+            v, v_described, page, block, shift, entry, head_k, low, high, v_row, v_page,
+            capacity, 0, HEADDIM_V // PER, LAYOUT, PAGE_SIZE, BLOCK_N, DIM_V // PER,
             HEADDIM_V == DIM_V, MASKED,
-        ).to(COMPUTE)
+        )
         if TRANSFORMED:
-            scores += tl.dot(qv, tl.trans(values), input_precision="ieee") * qv_scale
+            scores += product(qv, values, nothing, FORMAT) * qv_scale
         else:
-            scores = tl.dot(qv, tl.trans(values), scores, input_precision="ieee")
+            scores = product(qv, values, scores, FORMAT)
+    if unit is not None:
+        scores = scores * unit[:, None]
     position = block + tl.arange(0, BLOCK_N)[None, :]
     if softcap is not None:
         scores = tanh(scores / softcap) * softcap
@@ -226,11 +240,11 @@ def attend_block(
     p, m, total, alpha = weights(scores, m, total, c, tl.float32 == COMPUTE)
     if qv is None:
         values = load_keys(
-            v, v_described, pages, block, shift, entry, head_k, low, high, v_row, v_page,
-            num_pages, capacity, 0, HEADDIM_V, LAYOUT, PAGE_SIZE, BLOCK_N, DIM_V,
+            v, v_described, page, block, shift, entry, head_k, low, high, v_row, v_page,
+            capacity, 0, HEADDIM_V // PER, LAYOUT, PAGE_SIZE, BLOCK_N, DIM_V // PER,
             HEADDIM_V == DIM_V, MASKED,
-        ).to(COMPUTE)
-    return m, total, tl.dot(p.to(COMPUTE), values, acc * alpha[:, None], input_precision="ieee")
+        )
+    return m, total, weighted(p.to(COMPUTE), values, acc * alpha[:, None], FORMAT)
 
 
 @triton.jit
@@ -242,25 +256,36 @@ def attend(
     HEADDIM: tl.constexpr, HEADDIM_V: tl.constexpr, DIM: tl.constexpr, DIM_REST: tl.constexpr,
     DIM_V: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr, COMPUTE: tl.constexpr, LAYOUT: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    TRANSFORMED: tl.constexpr, LOWER: tl.constexpr, FOLD: tl.constexpr,
+    TRANSFORMED: tl.constexpr, LOWER: tl.constexpr, FOLD: tl.constexpr, FORMAT: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
-    """The state of a tile of rows after the keys of low..high."""
+    """The state of a tile of rows after the keys of low..high. k and v are pairs of a FORMAT, if
+    that is given; AHEAD a block's pages are looked up while the block before it is at work."""
     BLOCK_M: tl.constexpr = TOKENS * HEADS
     at = of_tokens(token + tl.arange(0, TOKENS), TOKENS, HEADS)
     begin, stop = visible(at, rows, first, end, window_left, window_right, attention_chunk)
     stop = tl.where(at < rows, stop, begin)
     diagonal = at + end - rows
-    q_tile = load_rows(q, tokens, heads, HEADDIM, q_row, q_head, TOKENS, HEADS, DIM).to(COMPUTE)
+    q_tile = load_rows(q, tokens, heads, HEADDIM, q_row, q_head, TOKENS, HEADS, DIM)
     q_rest = q_tile
     if DIM_REST > 0:
         q_rest = load_rows(
             q + DIM, tokens, heads, HEADDIM - DIM, q_row, q_head, TOKENS, HEADS, DIM_REST
-        ).to(COMPUTE)
+        )
     qv_tile = None
     if qv is not None:
-        qv_tile = load_rows(
-            qv, tokens, heads, HEADDIM_V, qv_row, qv_head, TOKENS, HEADS, DIM_V
-        ).to(COMPUTE)
+        qv_tile = load_rows(qv, tokens, heads, HEADDIM_V, qv_row, qv_head, TOKENS, HEADS, DIM_V)
+    unit = None
+    if tl.float16 == COMPUTE and q_tile.dtype == tl.bfloat16:
+        largest = tl.maximum(largest_bits(q_tile), largest_bits(q_rest))
+        if qv is not None:
+            largest = tl.maximum(largest, largest_bits(qv_tile))
+            qv_tile = scaled_to_float16(qv_tile, largest)
+        q_tile, q_rest = scaled_to_float16(q_tile, largest), scaled_to_float16(q_rest, largest)
+        unit = unit_of_scaled(largest)
+    q_tile, q_rest = q_tile.to(COMPUTE), q_rest.to(COMPUTE)
+    if qv is not None:
+        qv_tile = qv_tile.to(COMPUTE)
     slope = None
     if alibi_slopes is not None:
         slope = load_of_heads(alibi_slopes, heads, TOKENS, HEADS)
@@ -272,20 +297,33 @@ def attend(
     m_all, total_all, acc_all = empty_state(BLOCK_M, DIM_V)
     m, total, acc = empty_state(BLOCK_M, DIM_V)
     for MASKED in tl.static_range(1 if LOWER else 0, 2):
-        for block in range(full if MASKED else block_of_low, high if MASKED else full, BLOCK_N):
-            if FOLD:
-                if block % CHUNK == 0:
-                    m_all, total_all, acc_all = merge(m_all, total_all, acc_all, m, total, acc, c)
-                    m, total, acc = empty_state(BLOCK_M, DIM_V)
-            m, total, acc = attend_block(
-                q_tile, q_rest, qv_tile, k, v, k_described, k_rest_described, v_described,
-                pages, entry, head_k, block, shift, low, high, begin, stop, diagonal, slope,
-                k_row, k_page, v_row, v_page, num_pages, capacity, scale, qv_scale, softcap, c,
-                m, total, acc, HEADDIM, HEADDIM_V, DIM, DIM_REST, DIM_V, BLOCK_N,
-                COMPUTE, LAYOUT, PAGE_SIZE, TRANSFORMED, MASKED == 1,
-            )
+        begins = full if MASKED else block_of_low
+        ends = high if MASKED else full
+        if begins < ends:  # else what comes before a loop would be done for nothing
+            page = pages_of(pages, begins, shift, capacity, LAYOUT, PAGE_SIZE, BLOCK_N)
+            for block in range(begins, ends, BLOCK_N):
+                if FOLD:
+                    if block % CHUNK == 0:
+                        m_all, total_all, acc_all = merge(
+                            m_all, total_all, acc_all, m, total, acc, c
+                        )
+                        m, total, acc = empty_state(BLOCK_M, DIM_V)
+                if not AHEAD:
+                    page = pages_of(pages, block, shift, capacity, LAYOUT, PAGE_SIZE, BLOCK_N)
+                m, total, acc = attend_block(
+                    q_tile, q_rest, qv_tile, k, v, k_described, k_rest_described, v_described,
+                    page, entry, head_k, block, shift, low, high, begin, stop, diagonal, slope,
+                    k_row, k_page, v_row, v_page, num_pages, capacity, scale, qv_scale, softcap, c,
+                    unit, m, total, acc, HEADDIM, HEADDIM_V, DIM, DIM_REST, DIM_V, BLOCK_N,
+                    COMPUTE, LAYOUT, PAGE_SIZE, TRANSFORMED, FORMAT, MASKED == 1,
+                )
+                if AHEAD:
+                    next_block = block + BLOCK_N
+                    page = pages_of(pages, next_block, shift, capacity, LAYOUT, PAGE_SIZE, BLOCK_N)
     if FOLD:
         m, total, acc = merge(m_all, total_all, acc_all, m, total, acc, c)
+    if FORMAT is not None:
+        acc = in_order(acc)
     return m, total, acc
 
 
@@ -308,7 +346,7 @@ def attention(
     DIM_REST: tl.constexpr, DIM_V: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, COMPUTE: tl.constexpr, LAYOUT: tl.constexpr,
     PAGE_SIZE: tl.constexpr, TRANSFORMED: tl.constexpr, SPLIT: tl.constexpr, FOLD: tl.constexpr,
-    NEIGHBOURS: tl.constexpr,
+    NEIGHBOURS: tl.constexpr, FORMAT: tl.constexpr, AHEAD: tl.constexpr, OVERLAPPED: tl.constexpr,
 ):
     """Writes out (rows, nheads, headdim_v) and softmax_lse, or with SPLIT the state of a chunk:
     part_out (num_chunks, rows, nheads, headdim_v) and part_ml (2, num_chunks, rows, nheads)."""
@@ -360,10 +398,12 @@ def attention(
                 window_left, window_right, attention_chunk, q_row, q_head, qv_row, qv_head,
                 k_row, k_batch, v_row, v_batch, num_pages, capacity, scale, qv_scale, softcap, c,
                 HEADDIM, HEADDIM_V, DIM, DIM_REST, DIM_V, TOKENS, HEADS, BLOCK_N, CHUNK, COMPUTE,
-                LAYOUT, PAGE_SIZE, TRANSFORMED, LOWER, FOLD,
+                LAYOUT, PAGE_SIZE, TRANSFORMED, LOWER, FOLD, FORMAT, AHEAD,
             )
             nheads = nheads_k * GROUP
             if SPLIT:
+                if OVERLAPPED:
+                    start_dependents()
                 at = (first_row(b, row, seqlen_q, cu_seqlens_q) + token).to(tl.int64)
                 at = at * nheads + head + chunk * part_stride
                 store_part(
@@ -394,6 +434,7 @@ def combine(
     qd_batch, qd_head, kd_batch, kd_head, vd_batch, vd_head, part_stride, nheads_k,
     GROUP: tl.constexpr, HEADDIM_V: tl.constexpr, DIM_V: tl.constexpr,
     CHUNK: tl.constexpr, TRANSFORMED: tl.constexpr, UNROLL: tl.constexpr,
+    OVERLAPPED: tl.constexpr,
 ):
     """Merges the chunks of SPLIT for one head of a token, in order."""
     for work in range(tl.program_id(0), work_items, tl.num_programs(0)):
@@ -416,12 +457,18 @@ def combine(
             )
             at = (first_row(b, row, seqlen_q, cu_seqlens_q) + token).to(tl.int64) * nheads + head
             m, total, acc = empty_state(1, DIM_V)
-            last_chunk = tl.where(low < high, (high + CHUNK - 1) // CHUNK, 0)
-            for chunk in range(low // CHUNK, last_chunk, UNROLL):
+            if OVERLAPPED:
+                wait_for_predecessor()
+            lowest = low // CHUNK
+            chunks = tl.where(low < high, (high + CHUNK - 1) // CHUNK, lowest) - lowest
+            lowest = lowest % num_chunks
+            for chunk in range(0, chunks, UNROLL):
                 for i in tl.static_range(UNROLL):
+                    place = lowest + tl.minimum(chunk + i, chunks - 1)
+                    place = tl.where(place < num_chunks, place, place - num_chunks)
                     m_next, total_next, acc_next = load_part(
-                        part_out, part_ml, at + (chunk + i) % num_chunks * part_stride,
-                        num_chunks * part_stride, chunk + i < last_chunk, HEADDIM_V, DIM_V,
+                        part_out, part_ml, at + place * part_stride,
+                        num_chunks * part_stride, chunk + i < chunks, HEADDIM_V, DIM_V,
                     )
                     m, total, acc = merge(m, total, acc, m_next, total_next, acc_next, c)
             sink = None

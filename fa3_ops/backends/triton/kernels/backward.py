@@ -33,7 +33,7 @@ def load_tile(
         return described.load([b, block, head, column]).reshape(BLOCK, DIM)
     x += b.to(tl.int64) * batch_stride + head.to(tl.int64) * head_stride
     return load_block(
-        x, None, block, first, low, high, row_stride, 0, 0, 0, column, WIDTH,
+        x, None, block, first, low, high, row_stride, 0, 0, column, WIDTH,
         ROWS, 1, BLOCK, DIM, WIDTH % DIM == 0, True,
     )
 

@@ -44,6 +44,8 @@ def blocks_of(call: Attention) -> tuple[Blocks, Blocks]:
     if call.q.dtype == torch.float32:
         blocks = Blocks(32, 32, 4, 1) if width <= 128 else Blocks(16, 16, 8, 1)
         return blocks, blocks
+    if width <= 128:
+        return Blocks(64, 64, 4, 2), Blocks(64, 64, 4, 2)
     if width <= 192:
         return Blocks(64, 128, 8, 2), Blocks(128, 64, 8, 2)
     if width <= 256:

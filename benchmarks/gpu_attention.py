@@ -1,6 +1,9 @@
 """Attention on a GPU beside FlashAttention-3, cuDNN and FlashAttention-2, in one run.
 
     python benchmarks/gpu_attention.py [--only decode] [--vllm-fa3 _vllm_fa3_C.abi3.so]
+        [--json build/gpu.json]
+
+`gpu_report.py` makes a table and pictures of the JSON.
 
 Every call is recorded in a CUDA graph; the graphs are replayed in turns, and the median of one
 call's time counts. All have 32 heads, 8 KV heads, head dimension 128 and bfloat16 unless a row says
@@ -11,10 +14,12 @@ inside a CUDA wheel of vLLM (vllm/vllm_flash_attn) can be named.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -186,17 +191,41 @@ def prefill_rows() -> Iterator[Row]:
 SECTIONS = {"decode": decode_rows, "prefill": prefill_rows}
 
 
+def limits() -> dict[str, float]:
+    """TB/s of a copy, counted read and written, and TF of a product of matrices."""
+    x, y = (torch.empty(2**30, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    m = rand(8192, 8192)
+    seconds = time_of({"copy": lambda: y.copy_(x), "product": lambda: m @ m})
+    return {
+        "TB/s": 2 * x.nbytes / seconds["copy"] / 1e12,
+        "TF": 2 * 8192**3 / seconds["product"] / 1e12,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=tuple(SECTIONS), action="append")
     parser.add_argument("--vllm-fa3", metavar="LIBRARY")
+    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.vllm_fa3:
         torch.ops.load_library(arguments.vllm_fa3)
-    print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    found = limits()
+    print(f"{device}: copies {found['TB/s']:.2f} TB/s, products of matrices {found['TF']:.0f} TF")
+    measured = []
     for name in arguments.only or SECTIONS:
         for row in SECTIONS[name]():
             times = time_of(row.calls)
+            measured.append(
+                {
+                    "section": name,
+                    "name": row.name,
+                    "unit": row.unit,
+                    "amount": row.amount,
+                    "seconds": times,
+                }
+            )
             print(row.name)
             for peer, seconds in times.items():
                 rate = row.amount / seconds / 1e12
@@ -204,6 +233,9 @@ def main() -> None:
                 if "FA3" in times:
                     line += f", {times['FA3'] / seconds:.2f} of FA3"
                 print(line, flush=True)
+    if arguments.json:
+        record = {"device": device, "limits": found, "rows": measured}
+        arguments.json.write_text(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":

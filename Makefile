@@ -51,7 +51,8 @@ MINUTES ?= 5
 
 .PHONY: help demo rl test test-cpu test-npu test-emulator test-vllm test-vllm-ascend \
 	test-transformers test-triton test-triton-ascend test-cuda test-arm test-compilers npu-shell \
-	bench bench-gpu lint format sanitize fuzz test-versions test-wheel-cpu test-wheel-npu upstream clean
+	bench bench-gpu lint format sanitize sanitize-cuda fuzz test-versions test-wheel-cpu test-wheel-npu \
+	upstream clean
 
 help:
 	@echo "make demo      train a small GPT and generate from it through a paged KV cache (2 minutes)"
@@ -63,7 +64,7 @@ help:
 	@echo "make test-transformers  transformers 5 and veRL on our operators, on CPU (2 GB to install)"
 	@echo "make test-triton-ascend  lower the Triton kernels for Ascend, without CANN (1 GB to install)"
 	@echo "make test-triton  the Triton kernels in Triton's interpreter, on CPU (1.6 GB to install)"
-	@echo "make test-cuda, make bench-gpu  on a GPU, by PYTHON, which has a CUDA build of torch"
+	@echo "make test-cuda, sanitize-cuda, bench-gpu  on a GPU, by PYTHON, which has a CUDA build of torch"
 	@echo "make test-arm  run the vector code's tests on an emulated Arm; fails without the tools for it"
 	@echo "make test-compilers  build with every g++ and clang++ found and test each; fails with only one"
 	@echo "make npu-shell a Python with emulated NPUs; ARGS='script.py --device npu' runs a script"
@@ -191,6 +192,9 @@ test-triton: $(TRITON_VENV)/build
 # this package, built in place (`python setup.py build_ext --inplace`).
 test-cuda:
 	@FA3NPU_TEST_CUDA=1 $(PYTHON) -m pytest tests/cuda $(ARGS)
+
+sanitize-cuda:
+	@compute-sanitizer --tool memcheck --error-exitcode 1 $(PYTHON) tests/cuda/every_kernel.py
 
 bench-gpu:
 	@$(PYTHON) benchmarks/gpu_attention.py $(ARGS)

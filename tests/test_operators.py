@@ -16,6 +16,7 @@ from strategies import (
     NARROW_DTYPES,
     assert_exact,
     assert_lse,
+    assert_neighbours,
     dense_calls,
     examples,
     hide_pages,
@@ -522,16 +523,6 @@ class TestKvcacheAppend:
                 assert_neighbours(call[name], want[name])
             else:
                 assert_same_bits(call[name], want[name])
-
-
-def assert_neighbours(got: Tensor, want: Tensor) -> None:
-    """A rotation in float32 may round otherwise than one in float64: one code up or down."""
-    steps = []
-    for x in (got, want):
-        code = x.view(torch.int8).int()
-        negative = code if x.dtype == torch.int8 else -(code & 127)
-        steps.append(torch.where(code < 0, negative, code))
-    assert (steps[0] - steps[1]).abs().le(1).all()
 
 
 class TestKvcacheScatter:

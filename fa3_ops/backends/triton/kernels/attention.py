@@ -276,7 +276,8 @@ def attend(
     if qv is not None:
         qv_tile = load_rows(qv, tokens, heads, HEADDIM_V, qv_row, qv_head, TOKENS, HEADS, DIM_V)
     unit = None
-    if tl.float16 == COMPUTE and q_tile.dtype == tl.bfloat16:
+    SCALED: tl.constexpr = (q_tile.dtype == tl.bfloat16) & (tl.float16 == COMPUTE)
+    if SCALED:
         largest = tl.maximum(largest_bits(q_tile), largest_bits(q_rest))
         if qv is not None:
             largest = tl.maximum(largest, largest_bits(qv_tile))
@@ -352,7 +353,7 @@ def attention(
     part_out (num_chunks, rows, nheads, headdim_v) and part_ml (2, num_chunks, rows, nheads)."""
     LIMITED: tl.constexpr = window_left is not None or attention_chunk is not None
     # Products of floats are unrolled: one loop, with masks, is compiled in half the time of two.
-    LOWER: tl.constexpr = LIMITED or cache_start is not None or tl.float32 == COMPUTE
+    LOWER: tl.constexpr = LIMITED or (cache_start is not None or tl.float32 == COMPUTE)
     HEAD_BLOCKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     for work in range(tl.program_id(0), work_items, tl.num_programs(0)):
         b, head_k, tile, chunk = tile_of(work, batch_size, nheads_k, tiles, num_chunks, NEIGHBOURS)

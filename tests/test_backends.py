@@ -261,6 +261,32 @@ class TestByName:
             other.join()
         assert torch.equal(seen[0], fa3_ops.flash_attn_func(**call))
 
+    def test_while_other_threads_call(self) -> None:
+        """A kernel that PyTorch frees under a thread is a crash, or another operator's."""
+        code = """
+import sys, threading, torch, fa3_ops
+sys.setswitchinterval(1e-5)
+torch.set_num_threads(1)
+q = torch.randn(1, 2, 2, 16)
+ended = threading.Event()
+def call():
+    while not ended.is_set():
+        fa3_ops.flash_attn_func(q, q, q)
+        fa3_ops.linear(q, q[0, 0])
+threading.excepthook = lambda error: print(error)
+threads = [threading.Thread(target=call) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for _ in range(1000):
+    with fa3_ops.use_backend("cpu"):
+        fa3_ops.flash_attn_func(q, q, q)
+ended.set()
+for thread in threads:
+    thread.join()
+"""
+        got = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert (got.returncode, got.stdout) == (0, "")
+
     def test_for_a_whole_process(self) -> None:
         code = (
             "import torch, fa3_ops; q = torch.randn(1, 2, 2, 16); "

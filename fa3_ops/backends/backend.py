@@ -70,5 +70,6 @@ class Backend(Generic[AnyRequest]):
         """What launch does with a request that it takes as it is, for all that differ from it in
         nothing but where their tensors lie: in no shape, stride, dtype, number, and in no tensor's
         alignment to 16 bytes. It keeps no tensor, gives out in the dtype that was asked for, and
-        is called where the request's device is current. None: nothing is settled by that."""
+        is called where the request's device is current, on devices whose calls repeat instead of
+        launch. None: nothing is settled by that, as for who reads lengths or is not capturable."""
         return None

@@ -101,11 +101,12 @@ _library: Any = None
 
 
 def intercept() -> None:
-    """Lets calls on devices with compiled kernels pass here, until `release`."""
+    """Lets calls on devices with compiled kernels be chosen for here, until `release`. From the
+    first time on they pass here: another thread may be in a kernel that was taken away."""
     global _interceptors, _library
     with _lock:
         _interceptors += 1
-        if _interceptors == 1:
+        if _library is None:
             _library = torch.library.Library("fa3npu", "FRAGMENT")
             for op in operators():
                 kernel = _choosing_kernel(op)
@@ -113,17 +114,16 @@ def intercept() -> None:
 
 
 def release() -> None:
-    global _interceptors, _library
+    global _interceptors
     with _lock:
         _interceptors -= 1
-        if _interceptors == 0:
-            _library._destroy()
-            _library = None
 
 
 def _choosing_kernel(op: Any) -> Callable[..., Any]:
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         below = keyset.remove(torch._C.DispatchKey.BackendSelect)
+        if _interceptors == 0:
+            return op.redispatch(below, *args, **kwargs)
         compiled = partial(op.redispatch, below, *args, **kwargs)
         request = request_of(op, args, kwargs)
         device = devices.of(request.device)

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -32,12 +32,9 @@ T = TypeVar("T")
 class Kept(Generic[T]):
     """What was found out for calls, by their keys. All is forgotten when it becomes too much."""
 
-    everywhere: ClassVar[list[dict[Any, Any]]] = []
-
     def __init__(self) -> None:
         self.found: dict[Any, T] = {}
         self.get = self.found.get
-        self.everywhere.append(self.found)
 
     def keep(self, key: Any, value: T) -> None:
         if len(self.found) >= MOST:
@@ -45,10 +42,13 @@ class Kept(Generic[T]):
         self.found[key] = value
 
 
+_generation = 0  # is part of every key: what is still being decided must not outlive it either
+
+
 def forget() -> None:
     """Of all operators: another backend may serve now."""
-    for found in Kept.everywhere:
-        found.clear()
+    global _generation
+    _generation += 1
 
 
 PLAIN = frozenset({type(None), bool, int, float, tuple})
@@ -59,6 +59,7 @@ def key_of(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     that was compiled for what starts at whole 16 bytes reads anything else wrongly."""
     return (
         asked_for(),
+        _generation,
         *[
             a
             if type(a) in PLAIN
@@ -109,10 +110,12 @@ class Repeated:
 def settled(op: Any, choice: Choice) -> Repeated | None:
     """For calls of op like the one of which this is the choice; None where other things decide, or
     somebody wants to be told of the choice."""
-    request = choice.asked
+    request, backend = choice.asked, choice.backend
     if choice.refusals or not request is choice.prepared is choice.lowered:
         return None
-    launch = choice.backend.settle(request)
+    if backend.reads_lengths or not backend.capturable:
+        return None
+    launch = backend.settle(request)
     if launch is None:
         return None
     fields = arguments_of(type(request), op)  # type: ignore[arg-type]
@@ -127,11 +130,11 @@ _noting = threading.local()
 @contextmanager
 def noting() -> Iterator[list[Repeated | None]]:
     """How the operators inside were served, in order."""
-    _noting.seen = []
+    around, _noting.seen = getattr(_noting, "seen", None), []
     try:
         yield _noting.seen
     finally:
-        _noting.seen = None
+        _noting.seen = around
 
 
 def note(served: Repeated | None) -> None:

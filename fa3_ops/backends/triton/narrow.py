@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from fa3_ops.backends.call import Attention
 from fa3_ops.backends.triton.device import has_descriptors
@@ -31,8 +32,11 @@ def is_bitwise(call: Attention) -> bool:
 
 def in_pairs(x: Tensor) -> Tensor:
     """x, of an even number of columns, as int16; a copy where its rows do not begin at 2 bytes."""
-    whole = all(n % 2 == 0 for n in (*x.stride()[:-1], x.storage_offset(), x.data_ptr()))
-    return (x if whole else x.clone(memory_format=torch.contiguous_format)).view(torch.int16)
+    if any(n % 2 for n in (*x.stride()[:-1], x.data_ptr())):
+        x = x.clone(memory_format=torch.contiguous_format)
+    elif x.storage_offset() % 2:  # of memory that begins at an odd byte: view() would refuse it
+        x = from_dlpack(x.view(torch.int8))
+    return x.view(torch.int16)
 
 
 def widths(call: Attention, paired: bool) -> tuple[int, int, int]:

@@ -398,6 +398,26 @@ class TestExplanation:
         self.check(kind, name, refuses, run)
 
 
+def test_another_launch_is_not_settled_by_the_one_it_replaces() -> None:
+    class Settled(Toy):
+        def launch(self, request: Any, lowered: Any, run: Any) -> Any:
+            return super().launch(request, lowered, run)
+
+        def settle(self, request: Any) -> Any:
+            return print
+
+    class Renamed(Settled):
+        name = "renamed"
+
+    class Replaced(Settled):
+        def launch(self, request: Any, lowered: Any, run: Any) -> Any:
+            return super().launch(request, lowered, run)
+
+    request: Any = None
+    assert Settled().settle(request) is Renamed().settle(request) is print
+    assert Replaced().settle(request) is None
+
+
 def test_who_promises_bits_says_so() -> None:
     assert fa3_ops.explain(fa3_ops.flash_attn_with_kvcache, **appending(1)).bitwise
     with fa3_ops.use_backend("torch"):

@@ -66,6 +66,11 @@ class Backend(Generic[AnyRequest]):
         """The operator's results: those of attention always as (out, softmax_lse)."""
         raise NotImplementedError
 
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if "launch" in vars(cls) and "settle" not in vars(cls):
+            cls.settle = Backend.settle  # type: ignore[method-assign]  # not that of another launch
+
     def settle(self, request: AnyRequest) -> Callable[[AnyRequest], Any] | None:
         """What launch does with a request that it takes as it is, for all that differ from it in
         nothing but where their tensors lie: in no shape, stride, dtype, number, and in no tensor's

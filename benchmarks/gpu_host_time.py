@@ -16,12 +16,12 @@ import argparse
 import statistics
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from gpu_attention import HEADDIM, NHEADS, NHEADS_K, Call, rand, vllm_fa3
+from limits import field
 from torch import Tensor
 
 import fa3_ops
@@ -105,11 +105,6 @@ def peers(q: Tensor, new: tuple[Tensor, Tensor], lengths: Tensor, table: Tensor)
     return calls
 
 
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "unknown")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vllm-fa3", metavar="LIBRARY")
@@ -119,7 +114,9 @@ def main() -> None:
     import triton
 
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
-    print(f"{torch.cuda.get_device_name()}, {versions}, host {processor()}")
+    print(
+        f"{torch.cuda.get_device_name()}, {versions}, host {field('/proc/cpuinfo', 'model name')}"
+    )
     lengths = torch.full((BATCH,), SEQLEN - 100, dtype=torch.int32, device="cuda")
     table = torch.randperm(BATCH * SEQLEN // PAGE, device="cuda").int().view(BATCH, -1)
     q = rand(BATCH, 1, NHEADS, HEADDIM)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fa3_ops.backends.call import Request
+from fa3_ops.backends.devices import on
 
 if TYPE_CHECKING:
     from fa3_ops.backends.devices import Device
@@ -63,8 +64,13 @@ class Backend(Generic[AnyRequest]):
         return request
 
     def launch(self, request: AnyRequest, lowered: Any, run: Run) -> Any:
-        """The operator's results: those of attention always as (out, softmax_lse)."""
-        raise NotImplementedError
+        """The operator's results: those of attention always as (out, softmax_lse). Unless a backend
+        launches otherwise, what `settle` gives for the lowered request does."""
+        settled = self.settle(lowered)
+        if settled is None:
+            raise NotImplementedError
+        with on(lowered.device):
+            return settled(lowered)
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fa3_ops.backends.backend import Backend, Run
 from fa3_ops.backends.call import Rotation
-from fa3_ops.backends.devices import on
 from fa3_ops.backends.triton.device import missing, programs
 from fa3_ops.backends.triton.launch import Launch, empty, unit_last_stride
 from fa3_ops.backends.triton.rows import (
@@ -40,10 +39,6 @@ class TritonRotation(Backend[Rotation]):
 
     def settle(self, request: Rotation) -> Callable[[Rotation], Tensor]:
         return Rotate(request)
-
-    def launch(self, request: Rotation, lowered: Rotation, run: Run) -> Tensor:
-        with on(lowered.device):
-            return self.settle(lowered)(lowered)
 
 
 class Rotate:

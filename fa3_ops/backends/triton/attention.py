@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fa3_ops.backends.backend import Backend, Run
 from fa3_ops.backends.call import Attention
-from fa3_ops.backends.devices import on
 from fa3_ops.backends.lowering.alignment import is_aligned
 from fa3_ops.backends.triton.device import has_descriptors, processors, programs, reasons_against
 from fa3_ops.backends.triton.launch import Launch, empty
@@ -56,10 +55,6 @@ class TritonAttention(Backend[Attention]):
 
     def settle(self, request: Attention) -> Callable[[Attention], tuple[Tensor, Tensor]]:
         return Attend(request, self.most_rows(request.headdim_v))
-
-    def launch(self, request: Attention, lowered: Attention, run: Run) -> tuple[Tensor, Tensor]:
-        with on(lowered.device):
-            return self.settle(lowered)(lowered)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from fa3_ops.backends.backend import Backend, Run
 from fa3_ops.backends.call import Append, Scatter
-from fa3_ops.backends.devices import on
 from fa3_ops.backends.triton.device import missing, programs
 from fa3_ops.backends.triton.launch import Launch, unit_last_stride
 from fa3_ops.backends.triton.rows import (
@@ -51,10 +50,6 @@ class TritonWrites(Backend[Append | Scatter]):
 
     def settle(self, request: Append | Scatter) -> Callable[[Append | Scatter], None]:
         return Write(request)
-
-    def launch(self, request: Append | Scatter, lowered: Append | Scatter, run: Run) -> None:
-        with on(lowered.device):
-            self.settle(lowered)(lowered)
 
 
 class Write:

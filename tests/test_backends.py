@@ -245,6 +245,14 @@ class TestByName:
         with fa3_ops.use_backend("typo"), pytest.raises(ValueError, match="got typo"):
             out.sum().backward()
 
+    def test_of_the_attention_counts_for_its_gradient(self) -> None:
+        leaves = {name: x.requires_grad_() for name, x in dense().items()}
+        with launches("cpu") as launched:
+            with fa3_ops.use_backend("torch"):
+                out = fa3_ops.flash_attn_func(**leaves)
+            out.sum().backward()
+        assert launched == ["torch", "torch"]
+
     def test_cpu_gives_the_bits_of_no_name(self) -> None:
         torch.manual_seed(0)
         want = fa3_ops.flash_attn_with_kvcache(**appending(1), return_softmax_lse=True)

@@ -14,6 +14,7 @@ neither forward mode nor torch.func.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NoReturn
 
@@ -22,6 +23,8 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from fa3_ops.backends.choice import asked_for
+from fa3_ops.backends.dispatch import use_backend
 from fa3_ops.ops.checks import NARROW
 from fa3_ops.ops.library import implement
 from fa3_ops.ops.schema import bind, name_of, signature
@@ -172,6 +175,12 @@ def _dsinks(
     return (gradient.sum(0) if gradient.dim() == 2 else gradient).to(sinks.dtype)
 
 
+def asked_again(name: str | None) -> AbstractContextManager[None]:
+    """The backend that the attention was asked for with serves its gradient, unless another is asked
+    for by now. PyTorch runs a device's backward in a thread that knows of neither."""
+    return nullcontext() if name is None or asked_for() is not None else use_backend(name)
+
+
 def differentiable(op: Any, backward_op: Any) -> type[Recorded]:
     """The node of an attention operator: what its backward operator takes is saved by name."""
     name, names = name_of(op), signature(op).names
@@ -185,6 +194,7 @@ def differentiable(op: Any, backward_op: Any) -> type[Recorded]:
             output: tuple[Tensor, Tensor] = run(*args)
             given = bind(op, args, {})
             ctx.inputs = _likes(args)
+            ctx.asked = asked_for()
             ctx.settings = {n: given[n] for n in shared if n not in tensors}
             ctx.no_gradient = None
             if given["qv"] is not None:
@@ -204,14 +214,15 @@ def differentiable(op: Any, backward_op: Any) -> type[Recorded]:
             gradients: dict[str, Tensor] = {}
             if ctx.no_gradient is None:
                 dout = torch.zeros_like(out) if dout is None else dout
-                dq, dk, dv = backward_op(
-                    dout=dout,
-                    out=out,
-                    softmax_lse=softmax_lse,
-                    dsoftmax_lse=dlse,
-                    **given,
-                    **ctx.settings,
-                )
+                with asked_again(ctx.asked):
+                    dq, dk, dv = backward_op(
+                        dout=dout,
+                        out=out,
+                        softmax_lse=softmax_lse,
+                        dsoftmax_lse=dlse,
+                        **given,
+                        **ctx.settings,
+                    )
                 gradients = {"q": dq, "k": dk, "v": dv}
                 if sinks is not None:
                     gradients["sinks"] = _dsinks(sinks, dout, out, softmax_lse, dlse)

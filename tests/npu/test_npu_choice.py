@@ -660,6 +660,13 @@ class TestAscend950:
         with pytest.warns(fa3_ops.FallbackWarning, match="flash_attn_npu: window_size"):
             out.sum().backward()
 
+    def test_a_backward_by_the_name_of_its_forward(self) -> None:
+        leaves = [rand(1, 9, 2, 64, dtype=HALF).npu().requires_grad_() for _ in range(3)]
+        with fa3_ops.use_backend("flash_attn_npu"):
+            out = fa3_ops.flash_attn_func(*leaves, window_size=(3, 0))
+        with pytest.raises(NotImplementedError, match="flash_attn_npu cannot serve.*window_size"):
+            out.sum().backward()
+
 
 def test_importing_us_needs_no_torch_npu() -> None:
     code = (

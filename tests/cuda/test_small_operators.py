@@ -202,11 +202,11 @@ def test_a_graph_appends_at_the_lengths_of_each_replay(cu_seqlens_k_new: Tensor 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_second_gpu() -> None:
     """While the first one is current."""
-    before = torch.cuda.memory_stats(0)["allocation.all.allocated"]
+    before = torch.cuda.memory_stats(0).get("allocation.all.allocated", 0)
     for name in SAMPLES:
         (call,) = (call for call in sample_calls("cuda:1") if call.name == name)
         results = call.operator(*call.args, **call.kwargs)
         for x in results if isinstance(results, tuple) else (results,):
             assert x is None or x.device == torch.device("cuda:1")
     torch.cuda.synchronize(1)
-    assert torch.cuda.memory_stats(0)["allocation.all.allocated"] == before
+    assert torch.cuda.memory_stats(0).get("allocation.all.allocated", 0) == before

@@ -176,8 +176,8 @@ def _dsinks(
 
 
 def asked_again(name: str | None) -> AbstractContextManager[None]:
-    """The backend that the attention was asked for with serves its gradient, unless another is asked
-    for by now. PyTorch runs a device's backward in a thread that knows of neither."""
+    """The backend that the attention was asked for with serves its gradient, unless another is
+    asked for by now. PyTorch runs a device's backward in a thread that knows of neither."""
     return nullcontext() if name is None or asked_for() is not None else use_backend(name)
 
 

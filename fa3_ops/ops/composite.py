@@ -227,10 +227,67 @@ def _knows_all(seen: list[Repeated | None], arguments: tuple[Any, ...]) -> bool:
 _kept: Kept[_Steps] = Kept()
 
 
+def _checked_by_the_kernel(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    qv: Tensor | None,
+    rotary_cos: Tensor | None,
+    rotary_sin: Tensor | None,
+    cache_seqlens: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    page_table: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k_new: Tensor | None,
+    max_seqlen_q: int | None,
+    rotary_seqlens: Tensor | None,
+    q_descale: Tensor | None,
+    k_descale: Tensor | None,
+    v_descale: Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    attention_chunk: int,
+    softcap: float,
+    rotary_interleaved: bool,
+    scheduler_metadata: Tensor | None,
+    num_splits: int,
+    pack_gqa: bool | None,
+    sm_margin: int,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    seqused_q: Tensor | None,
+    cache_start: Tensor | None,
+) -> tuple[Any, ...] | None:
+    """The arguments of flash_attn_kvcache, without the last ones that are at their defaults, if it
+    is a plain decode on CPU: its kernel, which writes no cache, refuses all that would be here."""
+    plain = (
+        k is v is qv is rotary_cos is rotary_sin is cache_batch_idx is cache_leftpad is cu_seqlens_q
+        is cu_seqlens_k_new is rotary_seqlens is q_descale is k_descale is v_descale
+        is scheduler_metadata is alibi_slopes is sinks is seqused_q is cache_start is None
+    )  # fmt: skip
+    if not (plain and max_seqlen_q is None and pack_gqa is None and num_splits == sm_margin == 0):
+        return None
+    lengths_here = cache_seqlens is None or cache_seqlens.is_cpu
+    if not (q.is_cpu and k_cache.is_cpu and v_cache.is_cpu and lengths_here):
+        return None
+    if not (page_table is None or page_table.is_cpu):
+        return None
+    if not k_cache.stride()[-1:] == v_cache.stride()[-1:] == (1,):
+        return None
+    return (
+        q, k_cache, v_cache, None, cache_seqlens, None, None, page_table, None, None, None, None,
+        None, None, softmax_scale, causal, window_size, attention_chunk, softcap,
+    )  # fmt: skip
+
+
 def repeating(*arguments: Any) -> tuple[Tensor, Tensor]:
     """flash_attn_with_kvcache where nobody but kernels sees the call."""
     if not devices.of(arguments[0].device).repeats:
-        return flash_attn_with_kvcache(*arguments)
+        return _anew(arguments)
     try:
         key = key_of(arguments)
     except RuntimeError:  # a tensor without strides, which is refused
@@ -248,11 +305,21 @@ def repeating(*arguments: Any) -> tuple[Tensor, Tensor]:
     return results
 
 
+def _anew(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    plain = _checked_by_the_kernel(*arguments)
+    if plain is not None:
+        try:
+            out, softmax_lse = ops.flash_attn_kvcache.default(*plain)
+        except (RuntimeError, ValueError, TypeError):
+            pass  # is found again below, by the name that the caller knows
+        else:
+            return out, softmax_lse
+    return flash_attn_with_kvcache(*arguments)
+
+
 def _watched(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     if forward_ad._current_level >= 0:
         refuse_forward_mode("flash_attn_with_kvcache", (*args, *kwargs.values()))
-    if not devices.of(args[0].device).repeats:
-        return flash_attn_with_kvcache(*args, **kwargs)
     arguments = every(_op(), args)
     if not kwargs and direct.only_the_kernel_sees(_op(), arguments):
         results: tuple[Tensor, Tensor] = direct.take(repeating, arguments)

@@ -367,14 +367,21 @@ INLINE Vec<Pair> pair_up(const Vec<float>& first, const Vec<float>& second) {
   return (Vec<Pair>)_mm512_mask_blend_epi16(0xaaaaaaaa, low, rounded(second));
 }
 
-// Two rows of 32 bfloat16, interleaved: to[c] is the pair of column c.
-INLINE void interleave(const Vec<Pair>& a, const Vec<Pair>& b, Pair* to) {
+// Two rows of 32 bfloat16 as pairs of a column: those of the first 16 columns, and of the last.
+struct Interleaved {
+  Vec<Pair> first, last;
+};
+INLINE Interleaved interleaved(const Vec<Pair>& a, const Vec<Pair>& b) {
   // The unpacking instructions take the first and the second half of every 16 bytes.
   const __m512i halves = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   const __m512i x = _mm512_permutexvar_epi64(halves, (__m512i)a);
   const __m512i y = _mm512_permutexvar_epi64(halves, (__m512i)b);
-  store(to, (Vec<Pair>)_mm512_unpacklo_epi16(x, y));
-  store(to + 16, (Vec<Pair>)_mm512_unpackhi_epi16(x, y));
+  return {(Vec<Pair>)_mm512_unpacklo_epi16(x, y), (Vec<Pair>)_mm512_unpackhi_epi16(x, y)};
+}
+INLINE void interleave(const Vec<Pair>& a, const Vec<Pair>& b, Pair* to) {
+  const Interleaved pairs = interleaved(a, b);
+  store(to, pairs.first);
+  store(to + 16, pairs.last);
 }
 
 inline bool all_finite(const Pair* x, int64_t n) {

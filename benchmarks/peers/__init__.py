@@ -18,6 +18,7 @@ from .vllm_cpu import Vllm
 PEERS: dict[str, type[Peer]] = {
     "ours": Ours,
     "sdpa": Sdpa,
+    "sdpa_newest": Sdpa,
     "flex": Flex,
     "vllm": Vllm,
     "openvino": OpenVino,

@@ -130,28 +130,46 @@ struct FewRows {
   // As many as have their sums in registers, beside a square of keys.
   static constexpr int kRowsInRegisters = FA3NPU_AVX512 ? 8 : 4;
 
-  // The same sums in the same order, without a transposed copy of the keys in memory.
+  // The same sums in the same order, without a transposed copy of the keys in memory. Two squares
+  // of keys take turns where there is room, so that no sum is waited for.
   template <class From, int R>
   void scores_in_registers(const KeyRows& keys, T* to) const {
     constexpr int L = kLanes<U>;
-    for (int64_t j = 0; j < kStep; j += L) {
-      const char* from[L];
+    const char* from[kStep];
+    const int64_t head = q.head_k * q.a.k.head;
+    for (int64_t i = 0; i < keys.count; ++i) from[i] = keys.at[i] + head;
+    for (int64_t i = keys.count; i < kStep; ++i) from[i] = kZeros;
+    const auto add_square = [&](int64_t j, int64_t c, Vec<T>* sums) INLINE_LAMBDA {
+      Vec<U> x[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) x[i] = From::vector(from[j + i] + c * From::kBytes);
+      transpose_square<U>(x);
+      const U* const left = q.q + c / kDepth<U>;
+#pragma GCC unroll 16
       for (int i = 0; i < L; ++i)
-        from[i] = j + i < keys.count ? keys.at[j + i] + q.head_k * q.a.k.head : kZeros;
-      Vec<T> sums[R] = {};
-      for (int64_t c = 0; c < q.a.headdim; c += From::kElements) {
-        Vec<U> x[L];
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) x[i] = From::vector(from[i] + c * From::kBytes);
-        transpose_square<U>(x);
-        const U* const left = q.q + c / kDepth<U>;
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i)
 #pragma GCC unroll 8
-          for (int r = 0; r < R; ++r)
-            sums[r] = multiply_add(splat(left[r * q.ld + i]), x[i], sums[r]);
-      }
+        for (int r = 0; r < R; ++r) add_products(left + r * q.ld + i, x[i], sums[r]);
+      __asm__ volatile("" ::: "memory");  // the next square is not loaded yet: there is no room
+    };
+    const auto finish = [&](int64_t j, const Vec<T>* sums) INLINE_LAMBDA {
       for (int r = 0; r < R; ++r) store(to + r * kKeyBlock + j, sums[r]);
+    };
+    if constexpr (2 * R <= kRowsInRegisters) {
+      for (int64_t j = 0; j < kStep; j += 2 * L) {
+        Vec<T> sums[R] = {}, others[R] = {};
+        for (int64_t c = 0; c < q.a.headdim; c += From::kElements) {
+          add_square(j, c, sums);
+          add_square(j + L, c, others);
+        }
+        finish(j, sums);
+        finish(j + L, others);
+      }
+    } else {
+      for (int64_t j = 0; j < kStep; j += L) {
+        Vec<T> sums[R] = {};
+        for (int64_t c = 0; c < q.a.headdim; c += From::kElements) add_square(j, c, sums);
+        finish(j, sums);
+      }
     }
   }
 #endif

@@ -132,6 +132,18 @@ INLINE Vec<float> multiply_add(const Vec<Pair>& x, const Vec<Pair>& y, const Vec
 }
 #endif
 
+// sum += x y, with one x for all lanes. gcc 12 never takes a Pair from memory by itself.
+template <class T>
+INLINE void add_products(const T* x, const Vec<T>& y, Vec<Sum<T>>& sum) {
+#if FA3NPU_BFLOAT16 && !defined(__clang__)
+  if constexpr (std::is_same_v<T, Pair>) {
+    __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(y), "m"(*x));
+    return;
+  }
+#endif
+  sum = multiply_add(splat(*x), y, sum);
+}
+
 // ---- exp: at most 1.2 ulp up to 88 (0.9 with FMA), exact at 0, 0 below the smallest normal; NaN
 // stays NaN ----
 

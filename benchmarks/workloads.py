@@ -340,18 +340,13 @@ class Target:
     work: str
     group: str
     dtype: str = ""
-    seqlen_q: tuple[int, ...] = ()
     ratio: float = 0.0
     limit: float = 0.0
     most: float = 0.0
     aim: str = ""
 
     def covers(self, row: Workload) -> bool:
-        return (
-            row.group == self.group
-            and self.dtype in ("", row.dtype)
-            and (not self.seqlen_q or row.seqlen_q in self.seqlen_q)
-        )
+        return row.group == self.group and self.dtype in ("", row.dtype)
 
 
 TARGETS = (

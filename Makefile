@@ -89,7 +89,7 @@ BUILT = $(shell test -f $(EXTENSION) && test -z "$$(find csrc setup.py -newer $(
 $(VENV)/build $(NPU_VENV)/build $(VLLM_ASCEND_VENV)/build $(BENCH_VENV)/build $(VLLM_VENV)/build \
 		$(TRANSFORMERS_VENV)/build $(TRITON_VENV)/build $(TRITON_ASCEND_VENV)/build: \
 		%/build: %/packages $(SOURCES)
-	$(if $(BUILT),,@echo "==> Building fa3_ops (about half a minute)")
+	$(if $(BUILT),,@echo "==> Building fa3_ops (less than a minute)")
 	@FA3NPU_BUILT=$(BUILT) TORCH_DEVICE_BACKEND_AUTOLOAD=0 \
 		$*/bin/python $(INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@

@@ -7,6 +7,8 @@ pure operator that reads it, whose order the schemas declare.
 
 from __future__ import annotations
 
+import functools
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -227,61 +229,41 @@ def _knows_all(seen: list[Repeated | None], arguments: tuple[Any, ...]) -> bool:
 _kept: Kept[_Steps] = Kept()
 
 
-def _checked_by_the_kernel(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    qv: Tensor | None,
-    rotary_cos: Tensor | None,
-    rotary_sin: Tensor | None,
-    cache_seqlens: Tensor | None,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
-    page_table: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k_new: Tensor | None,
-    max_seqlen_q: int | None,
-    rotary_seqlens: Tensor | None,
-    q_descale: Tensor | None,
-    k_descale: Tensor | None,
-    v_descale: Tensor | None,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int, int],
-    attention_chunk: int,
-    softcap: float,
-    rotary_interleaved: bool,
-    scheduler_metadata: Tensor | None,
-    num_splits: int,
-    pack_gqa: bool | None,
-    sm_margin: int,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    seqused_q: Tensor | None,
-    cache_start: Tensor | None,
-) -> tuple[Any, ...] | None:
-    """The arguments of flash_attn_kvcache, without the last ones that are at their defaults, if it
-    is a plain decode on CPU: its kernel, which writes no cache, refuses all that would be here."""
-    plain = (
-        k is v is qv is rotary_cos is rotary_sin is cache_batch_idx is cache_leftpad is cu_seqlens_q
-        is cu_seqlens_k_new is rotary_seqlens is q_descale is k_descale is v_descale
-        is scheduler_metadata is alibi_slopes is sinks is seqused_q is cache_start is None
-    )  # fmt: skip
-    if not (plain and max_seqlen_q is None and pack_gqa is None and num_splits == sm_margin == 0):
+TENSORS = ("q", "k_cache", "v_cache", "cache_seqlens", "page_table")  # of a plain decode
+NUMBERS = (
+    *("softmax_scale", "causal", "window_size", "attention_chunk", "softcap"),
+    "rotary_interleaved",
+)
+
+
+@functools.cache
+def _plain() -> tuple[Any, Any, list[Any], Any]:
+    """Of the operator's arguments: the tensors of a plain decode, those that it leaves at their
+    defaults, these, and the arguments of flash_attn_kvcache."""
+    s = signature(_op())
+    others = [name for name in s.names if name not in (*TENSORS, *NUMBERS)]
+    reads = signature(ops.flash_attn_kvcache.default).names
+    of = [itemgetter(*map(s.names.index, names)) for names in (TENSORS, others, reads)]
+    return of[0], of[1], [s.defaults[name] for name in others], of[2]
+
+
+def _checked_by_the_kernel(arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The arguments of flash_attn_kvcache if it is a plain decode on CPU: its kernel, which writes
+    no cache, refuses all that would be refused here."""
+    tensors, others, defaults, reads = _plain()
+    if not all(map(is_, others(arguments), defaults)):
         return None
-    lengths_here = cache_seqlens is None or cache_seqlens.is_cpu
-    if not (q.is_cpu and k_cache.is_cpu and v_cache.is_cpu and lengths_here):
+    q, k_cache, v_cache, cache_seqlens, page_table = tensors(arguments)
+    if not (q.is_cpu and k_cache.is_cpu and v_cache.is_cpu):
+        return None
+    if not (cache_seqlens is None or cache_seqlens.is_cpu):
         return None
     if not (page_table is None or page_table.is_cpu):
         return None
     if not k_cache.stride()[-1:] == v_cache.stride()[-1:] == (1,):
         return None
-    return (
-        q, k_cache, v_cache, None, cache_seqlens, None, None, page_table, None, None, None, None,
-        None, None, softmax_scale, causal, window_size, attention_chunk, softcap,
-    )  # fmt: skip
+    result: tuple[Any, ...] = reads(arguments)
+    return result
 
 
 def repeating(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -306,7 +288,7 @@ def repeating(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _anew(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    plain = _checked_by_the_kernel(*arguments)
+    plain = _checked_by_the_kernel(arguments)
     if plain is not None:
         try:
             out, softmax_lse = ops.flash_attn_kvcache.default(*plain)

@@ -233,9 +233,6 @@ INLINE Vec<float> lanes_of(const Vec<float>& a, const Vec<float>& b, const __m51
 INLINE Vec<double> lanes_of(const Vec<double>& a, const Vec<double>& b, const __m512i& which) {
   return _mm512_permutex2var_pd(a, which, b);
 }
-INLINE Vec<Pair> lanes_of(const Vec<Pair>& a, const Vec<Pair>& b, const __m512i& which) {
-  return (Vec<Pair>)_mm512_permutex2var_epi32((__m512i)a, which, (__m512i)b);
-}
 
 // Which lanes of two vectors make the first and the second one after quarters of size `half` swap.
 template <class U, class Index>

@@ -119,34 +119,87 @@ void test_roundings() {
   }
 }
 
-void test_exp() {
-  check_ulps(
-      "exp", kFused ? 0.9 : 1.2, -87.33654f, 88.0f, [](const Vec<float>& x) { return exp_(x); },
-      [](double x) { return std::exp(x); });
+struct Case {
+  float x, want;
+};
+const float nan_ = std::numeric_limits<float>::quiet_NaN();
 
-  const float nan = std::numeric_limits<float>::quiet_NaN();
-  const float below = std::nextafter(-87.33654f, -kInf),
-              cases[][2] = {{0, 1},         {-0.0f, 1},   {FLT_MIN, 1},    {-1e-42f, 1},
-                            {-kInf, 0},     {below, 0},   {-87.5f, 0},     {-100.0f, 0},
-                            {-500.0f, 0},   {-1e9f, 0},   {-FLT_MAX, 0},   {89.0f, kInf},
-                            {500.0f, kInf}, {1e9f, kInf}, {FLT_MAX, kInf}, {kInf, kInf},
-                            {nan, nan},     {-nan, nan}};
+// f at one lane, whatever stands in the others; `alone` computes it by itself.
+template <class F, class Alone>
+void check_cases(const char* name, const F& f, const Alone& alone, const std::vector<Case>& cases) {
   for (const auto& [x, want] : cases)
     for (int64_t lane = 0; lane < kLanes<float>; ++lane) {
       float in[kLanes<float>], out[kLanes<float>];
       for (int64_t i = 0; i < kLanes<float>; ++i) in[i] = i == lane ? x : float(-i);
-      store(out, exp_(vec(in)));
+      store(out, f(vec(in)));
       const bool right = std::isnan(want) ? std::isnan(out[lane]) : same(out[lane], want);
-      check(right, "exp(%g) is %g, not %g", x, out[lane], want);
-      check(same(exp1(x), out[lane]), "exp1(%g) has other bits than exp_", x);
+      check(right, "%s(%g) is %g, not %g", name, x, out[lane], want);
+      check(same(alone(x), out[lane]), "%s(%g) has other bits alone", name, x);
     }
+}
 
+void test_exp() {
+  const auto exp = [](const Vec<float>& x) { return exp_(x); };
+  check_ulps("exp", kFused ? 0.9 : 1.2, -87.33654f, 88.0f, exp,
+             [](double x) { return std::exp(x); });
+  const float below = std::nextafter(-87.33654f, -kInf);
+  check_cases("exp", exp, [&](float x) { return exp(splat(x))[0]; },
+              {{0, 1},
+               {-0.0f, 1},
+               {FLT_MIN, 1},
+               {-1e-42f, 1},
+               {-kInf, 0},
+               {below, 0},
+               {-87.5f, 0},
+               {-100.0f, 0},
+               {-500.0f, 0},
+               {-1e9f, 0},
+               {-FLT_MAX, 0},
+               {89.0f, kInf},
+               {500.0f, kInf},
+               {1e9f, kInf},
+               {FLT_MAX, kInf},
+               {kInf, kInf},
+               {nan_, nan_},
+               {-nan_, nan_}});
   double x[kLanes<double>], y[kLanes<double>];
   for (int i = 0; i < 1000; ++i) {
     for (double& one : x) one = 700 * uniform();
     store(y, exp_(vec(x)));
     for (int64_t lane = 0; lane < kLanes<double>; ++lane)
       check(same(y[lane], std::exp(x[lane])), "exp of double at %g", x[lane]);
+  }
+}
+
+template <class U>
+void test_exp2(const char* name, double bound) {
+  const auto exp2 = [](const Vec<float>& x) { return exp2_<U>(x); };
+  check_ulps(name, bound, -126.0f, 127.4f, exp2, [](double x) { return std::exp2(x); });
+  check_cases(name, exp2, [](float x) { return exp2_<U>(x); },
+              {{0, 1},
+               {-0.0f, 1},
+               {FLT_MIN, 1},
+               {-1e-42f, 1},
+               {-1, 0.5f},
+               {3, 8},
+               {-126.0f, FLT_MIN},
+               {-kInf, 0},
+               {-127.0f, 0},
+               {-150.0f, 0},
+               {-1e9f, 0},
+               {-FLT_MAX, 0},
+               {129.0f, kInf},
+               {1e9f, kInf},
+               {FLT_MAX, kInf},
+               {kInf, kInf},
+               {nan_, nan_},
+               {-nan_, nan_}});
+  double x[kLanes<double>], y[kLanes<double>];
+  for (int i = 0; i < 1000; ++i) {
+    for (double& one : x) one = 1000 * uniform();
+    store(y, exp2_<double>(vec(x)));
+    for (int64_t lane = 0; lane < kLanes<double>; ++lane)
+      check(same(y[lane], std::exp2(x[lane])), "exp2 of double at %g", x[lane]);
   }
 }
 
@@ -663,6 +716,8 @@ int run() {
   test_roundings<float>();
   test_roundings<double>();
   test_exp();
+  test_exp2<float>("exp2", kFused ? 0.95 : 1.2);
+  test_exp2<Pair>("exp2 of Pairs", 2.2);
   test_softcapped();
   test_reductions<float>();
   test_reductions<double>();

@@ -86,6 +86,8 @@ struct GradientTile {
   void load(const RowTile& t) {
     q.load(t);
     const Attention& a = q.a;
+    q.worth = {};  // beside softmax_lse logits are natural
+    q.worth.scale = quiet(T(a.softmax_scale));
     const Sequence& s = *q.s;
     for (int64_t r = 0; r < q.rows; ++r) {
       const int64_t i = s.q_begin + q.position[r], head = q.head(r);
@@ -106,8 +108,8 @@ struct GradientTile {
       if (lse[r] == -T(kInf)) {  // the row sees nothing
         fill<T>(p, columns, T(0));
         fill<T>(ds, columns, T(0));
-      } else if (q.only_scaled(r, block)) {
-        const T scale = T(q.a.softmax_scale), row_lse = lse[r], row_delta = delta[r];
+      } else if (q.sees_all(r, block) && q.a.softcap <= 0 && q.slope[r] == 0) {
+        const T scale = q.worth.scale, row_lse = lse[r], row_delta = delta[r];
         for (int64_t lane = 0; lane < columns; lane += kLanes<T>) {
           const Vec<T> y = exp_(vec(p + lane) * scale - row_lse);
           store(p + lane, y);

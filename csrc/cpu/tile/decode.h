@@ -104,8 +104,10 @@ struct FewRows {
   void take_scores(const KeyRows& keys, int64_t j, StepOfKeys<U>& k, Ahead ahead) const {
 #if FA3NPU_AMX
     alignas(64) T by_key[kStep * kFewRows];
+    LateSums late;
     product_tiles<kStep / 16, 1>(q.ld, k.load(keys, q.a.k, q.head_k), columns, kFewRows, by_key,
-                                 kFewRows, false);
+                                 kFewRows, false, late);
+    late.store_all();
     for (int64_t i = 0; i < kStep; i += kFewRows) {
       ahead();
       transpose<T>([&](int64_t key) { return vec(by_key + (i + key) * kFewRows); }, scores + j + i,
@@ -206,9 +208,14 @@ struct FewRows {
 #endif
 
   void take_softmax(int64_t block, int64_t columns) const {
-    for (int64_t r = 0; r < q.rows; r += kLanes<T>)
-      softmax_step(q, r, least(kLanes<T>, q.rows - r), block, columns, scores + r * kKeyBlock,
-                   p + r * p_ld, state);
+    for (int64_t r = 0; r < q.rows; r += kLanes<T>) {
+      const int64_t count = least(kLanes<T>, q.rows - r);
+      T alpha[kLanes<T>];
+      SoftmaxStep<U>(q, state, r, count, block, columns, scores + r * kKeyBlock, alpha,
+                     p + r * p_ld)
+          .take_all();
+      rescale(state, r, count, alpha);
+    }
   }
 
   // out += P V of a step of keys, the block's from column j on.

@@ -11,32 +11,21 @@
 #include "cpu/tile/baseline.h"
 #include "cpu/tile/decode.h"
 #include "cpu/tile/kernels.h"
+#include "cpu/tile/operands.h"
+#include "cpu/tile/softmax.h"
+#include "cpu/tile/steps.h"
 
 FA3NPU_TARGET_BEGIN
 namespace fa3npu::FA3NPU_ISA {
 
 template <class U>
 struct ForwardScratch {
-  typedef Sum<U> T;
-  static constexpr int64_t p_ld = kKeyBlock / kDepth<U>;
-
-  struct Block {
-    KeyTile<U> k, v;
-    bool finite;
-    Block(const Attention& a, Arena& arena)
-        : k(a.headdim, false, true, arena), v(a.headdim_v, true, a.qv.data != nullptr, arena) {}
-  };
-
   QueryTile<U> q;
-  Block* blocks;  // of a panel
-  T* scores;      // [kRowGroup][kKeyBlock]
-  U* p;           // [kRowGroup][p_ld]
+  Block<U>* blocks;  // of a panel
+  Steps<U> steps;
 
-  ForwardScratch(const Attention& a, Arena& arena) : q(a, arena) {
-    blocks = arena.make<Block>(kPanelBlocks, a);
-    scores = arena.take<T>(kRowGroup<U> * kKeyBlock);
-    p = kDepth<U> == 1 ? reinterpret_cast<U*>(scores) : arena.take<U>(kRowGroup<U> * p_ld);
-  }
+  ForwardScratch(const Attention& a, Arena& arena)
+      : q(a, arena), blocks(arena.make<Block<U>>(kPanelBlocks, a)), steps(arena) {}
 };
 
 template <class U>
@@ -49,19 +38,14 @@ void forward_chunk(const Attention& a, const RowTile* tiles, int64_t count, int6
                    Memory states, Memory scratch) {
   if (few_rows(a, tiles[0].rows)) return forward_few<U>(a, tiles, count, chunk, states, scratch);
 
-  typedef Sum<U> T;
   const ProductState product_state;
-  typedef typename ForwardScratch<U>::Block Block;
-  constexpr int64_t p_ld = ForwardScratch<U>::p_ld;
   Arena arena(scratch);
   ForwardScratch<U> own(a, arena);
   const RowTile& tile = tiles[0];
   own.q.load(tile);
   const QueryTile<U>& q = own.q;
-  T* const scores = own.scores;
-  U* const p = own.p;
-  empty_state<T>(a, states);
-  const State<T> state(a, states);
+  empty_state<Sum<U>>(a, states);
+  const State<Sum<U>> state(a, states);
   // Many rows load their state once for all blocks of a panel; few leave a block in cache.
   const int64_t panel_blocks = q.rows > kRowGroup<U> ? kPanelBlocks : 1;
   const Sequence& s = *q.s;
@@ -72,7 +56,7 @@ void forward_chunk(const Attention& a, const RowTile* tiles, int64_t count, int6
   };
   const int64_t panel_keys = panel_blocks * kKeyBlock;
   for (int64_t panel = chunk * kChunk; panel < end; panel += panel_keys) {
-    blocks_from(panel, [&](Block& b, int64_t block, int64_t keys) {
+    blocks_from(panel, [&](Block<U>& b, int64_t block, int64_t keys) {
       if (!q.any_sees(block, 0, q.rows)) return;
       b.k.load(KeyRows(a, a.k, s, block, keys), a.k, tile.head_k);
       b.v.load(KeyRows(a, a.v, s, block, keys), a.v, tile.head_k);
@@ -80,28 +64,25 @@ void forward_chunk(const Attention& a, const RowTile* tiles, int64_t count, int6
     });
     for (int64_t begin = 0; begin < q.rows; begin += kRowGroup<U>) {
       const int64_t rows = least(kRowGroup<U>, q.rows - begin);
-      blocks_from(panel, [&](const Block& b, int64_t block, int64_t) {
-        if (!q.any_sees(block, begin, rows)) return;
-        const int64_t columns = q.columns_of(block, begin, rows);
-        q.scores(begin, rows, columns, b.k, b.v, scores);
-        for (int64_t r = 0; r < rows; r += kLanes<T>)
-          softmax_step(q, begin + r, least(kLanes<T>, rows - r), block, columns,
-                       scores + r * kKeyBlock, p + r * p_ld, state);
-        add_product<U>(rows, b.v.ld, units<U>(columns), {p, p_ld, 1}, b.v.rows,
-                       state.out + begin * state.ld, state.ld, b.finite, b.v.spare,
-                       [&](int64_t r, int64_t j) { return q.sees(begin + r, block + j); });
+      blocks_from(panel, [&](const Block<U>& b, int64_t block, int64_t) {
+        if (q.any_sees(block, begin, rows))
+          own.steps.take({&q, state, own.steps.memory(), &b, begin, rows, block,
+                          q.columns_of(block, begin, rows)});
       });
     }
+    own.steps.finish();
   }
 }
 
 template <class T>
 void merge_state(const Attention& a, const RowTile& t, Memory into_, Memory from_) {
   const State<T> into(a, into_), from(a, from_);
+  const Worth<T> worth(a, t.sequence, t.head_k);
   for (int64_t r = 0; r < t.rows; ++r) {
     const T maximum = greater(into.maximum[r], from.maximum[r]);
     const T base = maximum == -T(kInf) ? T(0) : maximum;
-    const T alpha = exp1(into.maximum[r] - base), beta = exp1(from.maximum[r] - base);
+    const T alpha = worth.template exp<T>(into.maximum[r] - base),
+            beta = worth.template exp<T>(from.maximum[r] - base);
     into.maximum[r] = maximum;
     into.sum[r] = into.sum[r] * alpha + from.sum[r] * beta;
     for (int64_t c = r * into.ld; c < (r + 1) * into.ld; c += kLanes<T>)
@@ -114,14 +95,17 @@ void finish(const Attention& a, const RowTile& t, Memory memory) {
   const State<T> state(a, memory);
   const Sequence& s = a.sequences[t.sequence];
   const T v_scale = a.v_descale.get(t.sequence, t.head_k, 1);
+  const T unit = Worth<T>(a, t.sequence, t.head_k).unit;
+  const Worth<T> natural;
   for (int64_t r = 0; r < t.rows; ++r) {
     const int64_t i = (t.first + r) / a.group();
     const int64_t head = t.head_k * a.group() + (t.first + r) % a.group();
-    T maximum = state.maximum[r], total = state.sum[r], scale = v_scale;
+    T maximum = state.maximum[r] * unit, total = state.sum[r], scale = v_scale;
     const bool sees_nothing = maximum == -T(kInf) && total == T(0);
     if (a.sinks.data && !sees_nothing) {  // the sink is one more key, without a value
       const T sink = a.sinks.get(0, head, 0), base = greater(maximum, sink);
-      const T alpha = exp1(maximum - base), weight = sink == base ? T(1) : exp1(sink - base);
+      const T alpha = natural.template exp<T>(maximum - base),
+              weight = sink == base ? 1 : natural.template exp<T>(sink - base);
       total = total * alpha + weight;
       scale *= alpha;
       maximum = base;

@@ -141,6 +141,32 @@ constexpr Iota<T> kIota = [] {
   return iota;
 }();
 
+// What scores are worth. They are scaled when they become logits, unless nothing else happens to
+// them: then a logit is a score, and what it is worth comes with the exponential.
+template <class T>
+struct Worth {
+  T scale = 1, unit = 1;  // a score's as a logit, a logit's
+  bool scaled = true;
+
+  Worth() = default;
+  Worth(const Attention& a, int64_t sequence, int64_t head_k) {
+    // With a qv, whose product has another factor, K's is not that of all scores.
+    const T k_scale = a.qv.data ? 1 : a.k_descale.get(sequence, head_k, 1);
+    scale = quiet(T(a.softmax_scale * a.q_descale.get(sequence, head_k, 1) * k_scale));
+    const bool usual = scale > T(1e-30) && scale < T(1e30);  // and above 0, which keeps the order
+    if (!usual || a.softcap > 0 || a.alibi_slopes.data) return;
+    unit = scale;
+    scale = 1;
+    scaled = false;
+  }
+
+  // e to the power of a difference of logits, to be multiplied as U.
+  template <class U, class V>
+  INLINE V exp(const V& difference) const {
+    return exp2_<U>(V(difference * (unit * T(1.44269504088896340736))));
+  }
+};
+
 // A tile of query rows: their q (and qv) as the left side of products, and what the softmax needs:
 // who they are and which keys they see.
 template <class U>
@@ -152,7 +178,7 @@ struct QueryTile {
   int64_t* position;
   KeyRange* keys;
   T* slope;
-  T scale = 1;  // of scores
+  Worth<T> worth;
   const Sequence* s = nullptr;
   int64_t head_k = 0, first = 0, rows = 0;
 
@@ -175,8 +201,7 @@ struct QueryTile {
     rows = tile.rows;
     const T k_scale = a.k_descale.get(sequence, head_k, 1);
     const T v_scale = a.v_descale.get(sequence, head_k, 1);
-    // With a qv, whose product has another factor, K's is not that of all scores.
-    scale = quiet(T(a.softmax_scale * a.q_descale.get(sequence, head_k, 1) * (qv ? 1 : k_scale)));
+    worth = Worth<T>(a, sequence, head_k);
     int64_t i = first / a.group(), in_group = first % a.group();
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t h = head_k * a.group() + in_group;
@@ -199,21 +224,22 @@ struct QueryTile {
 
   // to[row - begin][kKeyBlock] = q k^T + qv v^T of `count` rows and the first `columns` keys of a
   // block, not yet scaled
+  template <class F = Nothing>
   void scores(int64_t begin, int64_t count, int64_t columns, const KeyTile<U>& k,
-              const KeyTile<U>& v, T* to) const {
+              const KeyTile<U>& v, T* to, F&& between = F()) const {
     product<U>(count, columns, units<U>(a.headdim), {q + begin * ld, ld, 1}, k.transposed,
-               kKeyBlock, to, kKeyBlock, false);
+               kKeyBlock, to, kKeyBlock, false, between);
     if (qv)
       product<U>(count, columns, units<U>(a.headdim_v), {qv + begin * ld_v, ld_v, 1}, v.transposed,
-                 kKeyBlock, to, kKeyBlock, true);
+                 kKeyBlock, to, kKeyBlock, true, between);
   }
 
-  // One vector of row r's scores at keys block + lane...: scaled, capped, biased. Masked keys are
-  // -inf. `capped` is the score before the bias, which the softcap's gradient needs.
+  // One vector of row r's scores at keys block + lane... as logits: scaled, capped, biased. Masked
+  // keys are -inf. `capped` is the score before the bias, which the softcap's gradient needs.
   INLINE Vec<T> logits(int64_t r, int64_t block, int64_t lane, const Vec<T>& score,
                        Vec<T>* capped = nullptr) const {
     const Vec<T> index = vec(kIota<T>.at) + T(lane);
-    Vec<T> x = score * scale;
+    Vec<T> x = score * worth.scale;
     if (a.softcap > 0) x = softcapped(x, T(a.softcap));
     if (capped) *capped = x;
     if (slope[r] != 0) {
@@ -225,10 +251,8 @@ struct QueryTile {
     return ((index >= begin) & (index < end)) ? x : Vec<T>{} - T(kInf);
   }
 
-  // Whether row r's logits at the keys of the block are its scores times `scale`.
-  bool only_scaled(int64_t r, int64_t block) const {
-    return keys[r].begin <= block && keys[r].end >= block + kKeyBlock && a.softcap <= 0 &&
-           slope[r] == 0;
+  bool sees_all(int64_t r, int64_t block) const {
+    return keys[r].begin <= block && keys[r].end >= block + kKeyBlock;
   }
 
   // How many keys of the block the rows that see most of it see, rounded up to whole steps.

@@ -47,6 +47,12 @@ template <int T>
 INLINE void tile_load(const void* from, int64_t row_bytes) {
   __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(T) : "memory");
 }
+// Of what is not to fill the nearest cache.
+template <int T>
+INLINE void tile_load_far(const void* from, int64_t row_bytes) {
+  __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(T)
+                   : "memory");
+}
 template <int T>
 INLINE void tile_store(void* to, int64_t row_bytes) {
   __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(row_bytes), "i"(T) : "memory");
@@ -84,35 +90,74 @@ struct TilesOfRows {
   int64_t row_bytes;
 };
 
-// R x C tiles of 16 x 16 sums, at most four: those of C are the first four registers. Of the
-// shorter side all tiles are held, those of the longer one pass through the registers that are
-// left.
+// Sums that are complete but still in their registers, the first four. To store them waits for the
+// last product, so that they are stored among the first products of the next ones.
+struct LateSums {
+  float* at[4] = {};
+  int64_t row_bytes = 0;
+
+  template <int T>
+  INLINE void store() {
+    if (at[T] != nullptr) tile_store<T>(at[T], row_bytes);
+    at[T] = nullptr;
+  }
+  INLINE void store_all() {
+    each<4>([&]<int T>() INLINE_LAMBDA { store<T>(); });
+  }
+};
+
+// R x C tiles of 16 x 16 sums, at most four. Of the shorter side all tiles are held, those of the
+// longer one pass through the registers that are left.
 template <int R, int C, class F = Nothing>
 INLINE void product_tiles(int64_t depth, const TilesOfRows& a, const Pair* b, int64_t ldb, float* c,
-                          int64_t ldc, bool accumulate, F&& between = F()) {
+                          int64_t ldc, bool accumulate, LateSums& late, F&& between = F()) {
   const int64_t b_bytes = 4 * ldb, c_bytes = 4 * ldc;
   const auto sums = [&](int i) INLINE_LAMBDA { return c + i / C * 16 * ldc + i % C * 16; };
-  each<R * C>([&]<int I>()
-                  INLINE_LAMBDA { accumulate ? tile_load<I>(sums(I), c_bytes) : tile_zero<I>(); });
-  for (int64_t k = 0; k < depth; k += 16, b += 16 * ldb) {
-    if constexpr (R <= C) {
-      each<R>([&]<int I>() INLINE_LAMBDA { tile_load<4 + I>(a.at[I] + 4 * k, a.row_bytes); });
+  const auto multiply = [&]<int Sum, int A, int B>(bool first) INLINE_LAMBDA {
+    if (first) {
+      late.store<Sum>();
+      accumulate ? tile_load<Sum>(sums(Sum), c_bytes) : tile_zero<Sum>();
+    }
+    tile_multiply_add<Sum, A, B>();
+  };
+  const auto step = [&](int64_t k, bool first) INLINE_LAMBDA {
+    const Pair* const row = b + k * ldb;
+    const auto load_a = [&]<int To, int I>()
+                            INLINE_LAMBDA { tile_load<To>(a.at[I] + 4 * k, a.row_bytes); };
+    if constexpr (R == 2 && C == 2) {  // of many rows, which read B again and again: from afar
+      load_a.template operator()<4, 0>();
+      tile_load_far<6>(row, b_bytes);
+      multiply.template operator()<0, 4, 6>(first);
+      tile_load_far<7>(row + 16, b_bytes);
+      multiply.template operator()<1, 4, 7>(first);
+      between();
+      load_a.template operator()<5, 1>();
+      multiply.template operator()<2, 5, 6>(first);
+      multiply.template operator()<3, 5, 7>(first);
+      between();
+    } else if constexpr (R <= C) {
+      each<R>([&]<int I>() INLINE_LAMBDA { load_a.template operator()<4 + I, I>(); });
       each<C>([&]<int J>() INLINE_LAMBDA {
         constexpr int next = 4 + R + J % (4 - R);
-        tile_load<next>(b + 16 * J, b_bytes);
-        each<R>([]<int I>() INLINE_LAMBDA { tile_multiply_add<I * C + J, 4 + I, next>(); });
+        tile_load<next>(row + 16 * J, b_bytes);
+        each<R>([&]<int I>()
+                    INLINE_LAMBDA { multiply.template operator()<I * C + J, 4 + I, next>(first); });
         between();
       });
     } else {
-      each<C>([&]<int J>() INLINE_LAMBDA { tile_load<4 + J>(b + 16 * J, b_bytes); });
+      each<C>([&]<int J>() INLINE_LAMBDA { tile_load<4 + J>(row + 16 * J, b_bytes); });
       each<R>([&]<int I>() INLINE_LAMBDA {
         constexpr int next = 4 + C + I % (4 - C);
-        tile_load<next>(a.at[I] + 4 * k, a.row_bytes);
-        each<C>([]<int J>() INLINE_LAMBDA { tile_multiply_add<I * C + J, next, 4 + J>(); });
+        load_a.template operator()<next, I>();
+        each<C>([&]<int J>()
+                    INLINE_LAMBDA { multiply.template operator()<I * C + J, next, 4 + J>(first); });
       });
     }
-  }
-  each<R * C>([&]<int I>() INLINE_LAMBDA { tile_store<I>(sums(I), c_bytes); });
+  };
+  step(0, true);
+  for (int64_t k = 16; k < depth; k += 16) step(k, false);
+  each<R * C>([&]<int I>() INLINE_LAMBDA { late.at[I] = sums(I); });
+  late.row_bytes = c_bytes;
 }
 
 // All rows of the last step are computed: those past `rows` of C mean nothing. a.col must be 1.
@@ -123,6 +168,7 @@ void product(int64_t rows, int64_t columns, int64_t depth, const Left<U>& a, con
   constexpr std::integral_constant<int, 1> one;
   constexpr std::integral_constant<int, 2> two;
   constexpr std::integral_constant<int, 4> four;
+  LateSums late;
   int64_t n = 0;
   const auto all_rows = [&](auto c_tiles) {  // of the next c_tiles * 16 columns
     int64_t r = 0;
@@ -130,7 +176,7 @@ void product(int64_t rows, int64_t columns, int64_t depth, const Left<U>& a, con
       TilesOfRows x{{}, 4 * a.row};
       for (int i = 0; i < r_tiles; ++i)
         x.at[i] = reinterpret_cast<const char*>(a.from_row(r + 16 * i).at);
-      product_tiles<r_tiles, c_tiles>(depth, x, b + n, ldb, c + r * ldc + n, ldc, accumulate,
+      product_tiles<r_tiles, c_tiles>(depth, x, b + n, ldb, c + r * ldc + n, ldc, accumulate, late,
                                       between);
       r += 16 * r_tiles;
     };
@@ -144,6 +190,7 @@ void product(int64_t rows, int64_t columns, int64_t depth, const Left<U>& a, con
   while (rows <= 16 && n + 64 <= columns) all_rows(four);
   while (n + 16 < columns) all_rows(two);
   if (n < columns) all_rows(one);
+  late.store_all();
 }
 #else
 struct ProductState {

@@ -50,56 +50,95 @@ template <class U>
 constexpr Sum<U> kSlack = kDepth<U> == 1 ? 8 : 0;
 
 // One step of the online softmax for `count` rows from `first`, at most as many as a vector has
-// lanes: their scores become probabilities relative to the new maximum, and what was summed before
-// is rescaled. A block that a row does not see changes nothing of it.
+// lanes, in parts: their scores become probabilities relative to the new maximum. What was summed
+// before is to be rescaled by alpha. A block that a row does not see changes nothing of it.
 template <class U>
-INLINE void softmax_step(const QueryTile<U>& q, int64_t first, int64_t count, int64_t block,
-                         int64_t columns, Sum<U>* scores, U* p, const State<Sum<U>>& state) {
+struct SoftmaxStep {
   typedef Sum<U> T;
-  constexpr int64_t L = kLanes<T>;
-  const T scale = q.scale;
+  static constexpr int64_t L = kLanes<T>;
+  const QueryTile<U>* q;
+  State<T> state;
+  int64_t first, count, block, columns;
+  T *scores, *alpha;  // [count][kKeyBlock], [L]
+  U* p;
   Vec<T> x[L];  // by row: its greatest logits, then its sums
-  for (int64_t i = 0; i < L; ++i) x[i] = Vec<T>{} - T(kInf);
-  for (int64_t i = 0; i < count; ++i) {
-    T* row = scores + i * kKeyBlock;
-    Vec<T> greatest = x[i];
-    const auto take = [&](const auto& logits) INLINE_LAMBDA {
+  T base[L];
+
+  INLINE SoftmaxStep(const QueryTile<U>& q, const State<T>& state, int64_t first, int64_t count,
+                     int64_t block, int64_t columns, T* scores, T* alpha, U* p)
+      : q(&q),
+        state(state),
+        first(first),
+        count(count),
+        block(block),
+        columns(columns),
+        scores(scores),
+        alpha(alpha),
+        p(p) {}
+
+  INLINE void take_greatest(int64_t i) {
+    T* const row = scores + i * kKeyBlock;
+    Vec<T> greatest = splat(-T(kInf));
+    const auto take = [&, end = columns](const auto& logits) INLINE_LAMBDA {
 #pragma GCC unroll 4
-      for (int64_t lane = 0; lane < columns; lane += L) {
-        const Vec<T> y = logits(lane, vec(row + lane));
-        store(row + lane, y);
+      for (int64_t lane = 0; lane < end; lane += L) {
+        const Vec<T> y = logits(lane);
         greatest = y > greatest ? y : greatest;
       }
     };
-    if (q.only_scaled(first + i, block))
-      take([&](int64_t, const Vec<T>& score) INLINE_LAMBDA { return score * scale; });
+    if (!q->worth.scaled && q->sees_all(first + i, block))
+      take([row](int64_t lane) INLINE_LAMBDA { return vec(row + lane); });
     else
-      take([&](int64_t lane, const Vec<T>& score) {
-        return q.logits(first + i, block, lane, score);
+      take([&](int64_t lane) {
+        const Vec<T> y = q->logits(first + i, block, lane, vec(row + lane));
+        store(row + lane, y);
+        return y;
       });
     x[i] = greatest;
   }
-  const Vec<T> before = vec(state.maximum + first), top = maxima<T>(x), none = splat(-T(kInf));
-  const Vec<T> maximum = top > before + kSlack<U> ? top : before;
-  store(state.maximum + first, maximum);
-  T base[L], alpha[L];
-  store(base, maximum == none ? Vec<T>{} : maximum);  // -inf - -inf would be NaN
-  store(alpha, before == none ? Vec<T>{} + T(1) : exp_(before - vec(base)));
 
-  for (int64_t i = 0; i < L; ++i) x[i] = Vec<T>{};
-  for (int64_t i = 0; i < count; ++i) {
-    Vec<T> total{};
+  INLINE void raise_maximum() {
+    for (int64_t i = count; i < L; ++i) x[i] = splat(-T(kInf));
+    const Vec<T> before = vec(state.maximum + first), top = maxima<T>(x), none = splat(-T(kInf));
+    const Vec<T> maximum = top > before + kSlack<U> / q->worth.unit ? top : before;
+    store(state.maximum + first, maximum);
+    store(base, maximum == none ? Vec<T>{} : maximum);  // -inf - -inf would be NaN
+    store(alpha, before == none ? Vec<T>{} + T(1) : q->worth.template exp<T>(before - vec(base)));
+  }
+
+  INLINE void weigh(int64_t i) {
+    const T* const row = scores + i * kKeyBlock;
+    U* const weights = p + i * kKeyBlock / kDepth<U>;
     const T b = base[i];
+    const Worth<T> worth = q->worth;  // which stores might change, for all the compiler knows
+    Vec<T> total{};
 #pragma GCC unroll 2
-    for (int64_t j = i * kKeyBlock; j < i * kKeyBlock + columns; j += 2 * L) {
-      const Vec<T> y = exp_(vec(scores + j) - b), z = exp_(vec(scores + j + L) - b);
-      narrow(y, z, p + j / kDepth<U>);
+    for (int64_t j = 0, end = columns; j < end; j += 2 * L) {
+      const Vec<T> y = worth.template exp<U>(vec(row + j) - b);
+      const Vec<T> z = worth.template exp<U>(vec(row + j + L) - b);
+      narrow(y, z, weights + j / kDepth<U>);
       total += y;
       total += z;
     }
     x[i] = total;
   }
-  store(state.sum + first, multiply_add(vec(state.sum + first), vec(alpha), sums<T>(x)));
+
+  INLINE void add_sums() {
+    for (int64_t i = count; i < L; ++i) x[i] = Vec<T>{};
+    store(state.sum + first, multiply_add(vec(state.sum + first), vec(alpha), sums<T>(x)));
+  }
+
+  INLINE void take_all() {
+    for (int64_t i = 0; i < count; ++i) take_greatest(i);
+    raise_maximum();
+    for (int64_t i = 0; i < count; ++i) weigh(i);
+    add_sums();
+  }
+};
+
+template <class T>
+INLINE void rescale(const State<T>& state, int64_t first, int64_t count, const T* alpha) {
+  constexpr int64_t L = kLanes<T>;
   int64_t rescaled[L], n = 0;  // found without a branch, which would often be mispredicted
   for (int64_t i = 0; i < count; ++i) {
     rescaled[n] = i;

@@ -30,10 +30,11 @@ from typing import Any
 import limits
 import report
 import worker
-from workloads import EVERYONE, GROUPS, Workload
+from workloads import DTYPES, EVERYONE, GROUPS, Workload
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT = 240  # seconds for one peer's row; compiling included
+MOST_SECONDS = 2  # of samples for one peer's row, after the second
 LIMITS_AGE = 45  # seconds after which the machine's limits are measured again
 MIB = 1 << 20
 
@@ -131,8 +132,9 @@ class Worker:
 class Run:
     """Everything that is measured, in the form in which it is written to cpu.json."""
 
-    def __init__(self, peers: list[str], quick: bool) -> None:
-        self.peers, self.quick = peers, quick
+    def __init__(self, chosen: argparse.Namespace) -> None:
+        self.peers, self.dtypes = chosen.peers, chosen.dtypes
+        self.quick, self.rounds = chosen.quick, chosen.rounds
         self.arena = make_arena()
         self.workers: dict[worker.Spec, Worker] = {}
         self.limits: dict[int, limits.Limits] = {}
@@ -168,24 +170,49 @@ class Run:
             "limits": asdict(self.fresh_limits(threads)),
             "results": {},
         }
-        for name in self.names(row):
-            if row.group == "memory":
-                fresh = Worker(worker.Spec(name, threads), self.arena)
-                reply = fresh.ask("memory", row)
-                fresh.stop()
-                result = reply if isinstance(reply, str) else {"bytes": reply}
-            else:
-                subject = self.worker(name, threads)
-                reply = subject.ask("time", row)
-                result = reply if isinstance(reply, str) else asdict(reply)
-                if name == "ours":
-                    self.capability = subject.info.get("capability", "")
-            entry["results"][name] = result
+        if row.group == "memory":
+            entry["results"] = {name: self.memory(name, row, threads) for name in self.names(row)}
+        else:
+            entry["results"] = self.interleaved(row, threads)
         self.rows.append(entry)
         print(report.progress(entry), flush=True)
 
+    def memory(self, name: str, row: Workload, threads: int) -> Any:
+        fresh = Worker(worker.Spec(name, threads), self.arena)
+        reply = fresh.ask("memory", row)
+        fresh.stop()
+        return reply if isinstance(reply, str) else {"bytes": reply}
+
+    def interleaved(self, row: Workload, threads: int) -> dict[str, Any]:
+        """A sample of each peer in turn, so that what disturbs the machine meets all of them."""
+        subjects = {name: self.worker(name, threads) for name in self.names(row)}
+        results = {name: subject.ask("prepare", row) for name, subject in subjects.items()}
+        if "ours" in subjects:
+            self.capability = subjects["ours"].info.get("capability", "")
+        samples: dict[str, list[worker.Sample]] = {
+            name: [] for name, reply in results.items() if isinstance(reply, worker.Ready)
+        }
+        started = time.perf_counter()
+        for taken in range(self.rounds):
+            if taken >= 2 and time.perf_counter() - started > MOST_SECONDS * len(samples):
+                break
+            for name in list(samples):
+                reply = subjects[name].ask("sample", None)
+                if isinstance(reply, str):
+                    results[name] = reply
+                    del samples[name]
+                else:
+                    samples[name].append(reply)
+        for name, taken_samples in samples.items():
+            results[name] = asdict(worker.timing(results[name].form, taken_samples))
+        return results
+
     def group(self, name: str, threads: list[int]) -> None:
-        rows = [row for row in GROUPS[name] if row.quick or not self.quick]
+        rows = [
+            row
+            for row in GROUPS[name]
+            if row.dtype in self.dtypes and (row.quick or not self.quick)
+        ]
         for n in threads:
             for row in rows:
                 self.measure(row, n)
@@ -249,6 +276,12 @@ def arguments() -> argparse.Namespace:
         help="1: by CPU time, more: by wall time (default: 1 and all)",
     )
     parser.add_argument(
+        "--dtypes", type=names, default=list(DTYPES), help=f"rows of {','.join(DTYPES)}"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="samples of each peer, in turn (default: 7)"
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         help="folder; default build/benchmarks, or docs/benchmarks/MACHINE for all rows",
@@ -266,12 +299,14 @@ def arguments() -> argparse.Namespace:
         help="measure nothing: write tables and plots of the cpu.json of one or more earlier runs",
     )
     chosen = parser.parse_args()
-    for option, known in (("only", GROUPS), ("peers", EVERYONE)):
+    for option, known in (("only", GROUPS), ("peers", EVERYONE), ("dtypes", DTYPES)):
         if unknown := set(getattr(chosen, option)) - set(known):
             parser.error(f"--{option} must be of {', '.join(known)}, got {', '.join(unknown)}")
     if "ours" not in chosen.peers:
         chosen.peers.insert(0, "ours")
-    partial = chosen.quick or len(chosen.only) < len(GROUPS) or len(chosen.peers) < len(EVERYONE)
+    complete = (GROUPS, EVERYONE, DTYPES)
+    parts = (chosen.only, chosen.peers, chosen.dtypes)
+    partial = chosen.quick or any(len(a) < len(b) for a, b in zip(parts, complete, strict=True))
     if chosen.output is None:
         kept = chosen.machine and (chosen.plots_from or not partial)
         chosen.output = ROOT / (f"docs/benchmarks/{chosen.machine}" if kept else "build/benchmarks")
@@ -284,7 +319,7 @@ def main() -> None:
         write(merged(chosen.plots_from), chosen.output)
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    run = Run(chosen.peers, chosen.quick)
+    run = Run(chosen)
     try:
         for group in chosen.only:
             run.group(group, chosen.threads)

@@ -62,9 +62,18 @@ class Spec:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """Seconds a call, over some calls in a row: of the whole process's CPU for one thread, of the
+    wall for more. others: cores that other processes used meanwhile."""
+
+    seconds: float
+    others: float
+
+
+@dataclass(frozen=True)
 class Timing:
-    """Seconds a call: the median over samples, the fastest and the slowest; of the whole process's
-    CPU for one thread, of the wall for more. others: cores that other processes used meanwhile."""
+    """Seconds a call: the median over samples, the fastest and the slowest. others: the mean of
+    the samples'."""
 
     seconds: float
     low: float
@@ -72,6 +81,13 @@ class Timing:
     samples: int
     others: float
     form: str
+
+
+def timing(form: str, samples: list[Sample]) -> Timing:
+    seconds = [sample.seconds for sample in samples]
+    others = statistics.mean(sample.others for sample in samples)
+    middle = statistics.median(seconds)
+    return Timing(middle, min(seconds), max(seconds), len(seconds), round(others, 2), form)
 
 
 def busy_seconds() -> float:
@@ -82,48 +98,41 @@ def busy_seconds() -> float:
     return all_of_them - time.process_time()
 
 
-@dataclass(frozen=True)
-class Effort:
-    """So many samples of so many seconds; from most_seconds on, only the least."""
+class Timer:
+    """Takes samples of a peer's calls, warm from the first one on."""
 
-    samples: int
-    least: int
-    sample_seconds: float
-    most_seconds: float
+    SECONDS = 0.04  # of a sample
 
+    def __init__(self, calls: list[Call], threads: int) -> None:
+        self.clock = time.process_time if threads == 1 else time.perf_counter
+        self.rotation = itertools.cycle(calls)
+        one = self.seconds(1)
+        if one < 0.5:  # until the allocator keeps the pages of a result
+            one = self.seconds(3)
+        self.repeats = max(1, round(self.SECONDS / one))
 
-TRIAL = Effort(3, 1, 0.015, 0.5)  # enough to see which of a peer's forms is the fastest
-FULL = Effort(7, 2, 0.04, 2.0)
-
-
-def time_calls(calls: list[Call], threads: int, form: str, effort: Effort) -> Timing:
-    clock = time.process_time if threads == 1 else time.perf_counter
-    rotation = itertools.cycle(calls)
-
-    def sample(repeats: int) -> float:
-        start = clock()
+    def seconds(self, repeats: int) -> float:
+        start = self.clock()
         for _ in range(repeats):
-            next(rotation)()
-        return (clock() - start) / repeats
+            next(self.rotation)()
+        return max((self.clock() - start) / repeats, 1e-6)
 
-    started, busy = time.perf_counter(), busy_seconds()
-    one = max(sample(1), 1e-6)
-    samples = [one] if one > effort.most_seconds else []  # so slow that one more will do
-    if one < effort.most_seconds / 4:  # until the allocator keeps the pages of a result
-        one = max(sample(3), 1e-6)
-    repeats = max(1, round(effort.sample_seconds / one))
-    while len(samples) < effort.samples:
-        late = time.perf_counter() - started > effort.most_seconds
-        if late and len(samples) >= effort.least:
-            break
-        samples.append(sample(repeats))
-    others = max(0.0, busy_seconds() - busy) / (time.perf_counter() - started)
-    median = statistics.median(samples)
-    return Timing(median, min(samples), max(samples), len(samples), round(others, 2), form)
+    def sample(self) -> Sample:
+        started, busy = time.perf_counter(), busy_seconds()
+        seconds = self.seconds(self.repeats)
+        others = max(0.0, busy_seconds() - busy) / (time.perf_counter() - started)
+        return Sample(seconds, others)
+
+
+@dataclass(frozen=True)
+class Ready:
+    form: str
 
 
 class Bench:
     """The worker's side: checks and times one peer."""
+
+    timer: Timer | None = None
 
     def __init__(self, spec: Spec, arena: mmap) -> None:
         import torch
@@ -159,10 +168,11 @@ class Bench:
                 self.checked[key] = first_line(exception)
         return self.checked[key]
 
-    def time(self, row: Workload) -> Timing | str:
-        """The fastest form's time, or why there is none."""
+    def prepare(self, row: Workload) -> Ready | str:
+        """Has the fastest form ready for `sample`, or says why there is none."""
         from peers.base import Unsupported
 
+        self.timer = None  # and the memory of the row before
         try:
             forms = self.peer.forms(row)
         except Unsupported as why:
@@ -173,15 +183,17 @@ class Bench:
             if why_not:
                 reasons.append(f"{form}: {why_not}" if form else why_not)
                 continue
-            calls = self.calls(row, form)
-            seconds = 0.0
-            if len(forms) > 1:
-                seconds = time_calls(calls, self.threads, form, TRIAL).seconds
-            trials.append((seconds, form, calls))
+            timer = Timer(self.calls(row, form), self.threads)
+            tried = [timer.sample().seconds for _ in range(3 if len(forms) > 1 else 0)]
+            trials.append((statistics.median(tried or [0.0]), form, timer))
         if not trials:
             return "; ".join(reasons)
-        _, form, calls = min(trials, key=lambda trial: trial[0])
-        return time_calls(calls, self.threads, form, FULL)
+        _, form, self.timer = min(trials, key=lambda trial: trial[0])
+        return Ready(form)
+
+    def sample(self, _: None) -> Sample:
+        assert self.timer
+        return self.timer.sample()
 
     def memory(self, row: Workload) -> int | str:
         """Bytes that the first call of this size takes beyond its output, at its peak."""

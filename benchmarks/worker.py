@@ -106,10 +106,10 @@ class Timer:
     def __init__(self, calls: list[Call], threads: int) -> None:
         self.clock = time.process_time if threads == 1 else time.perf_counter
         self.rotation = itertools.cycle(calls)
-        one = self.seconds(1)
-        if one < 0.5:  # until the allocator keeps the pages of a result
-            one = self.seconds(3)
-        self.repeats = max(1, round(self.SECONDS / one))
+        self.one = self.seconds(1)
+        if self.one < 0.1:  # until the allocator keeps the pages of a result
+            self.one = self.seconds(3)
+        self.repeats = max(1, round(self.SECONDS / self.one))
 
     def seconds(self, repeats: int) -> float:
         start = self.clock()
@@ -184,8 +184,9 @@ class Bench:
                 reasons.append(f"{form}: {why_not}" if form else why_not)
                 continue
             timer = Timer(self.calls(row, form), self.threads)
-            tried = [timer.sample().seconds for _ in range(3 if len(forms) > 1 else 0)]
-            trials.append((statistics.median(tried or [0.0]), form, timer))
+            short = len(forms) > 1 and timer.one < 0.1  # else the first call has to do
+            tried = [timer.sample().seconds for _ in range(3 if short else 0)]
+            trials.append((statistics.median(tried or [timer.one]), form, timer))
         if not trials:
             return "; ".join(reasons)
         _, form, self.timer = min(trials, key=lambda trial: trial[0])

@@ -459,15 +459,6 @@ void test_rows() {
   check(pairs[n / 2].second == 0 && pairs[n / 2 + 1].first == 0xeeee, "a half pair's zero");
 }
 
-template <class T>
-void test_narrow() {
-  T x[2][kLanes<T>], to[2 * kLanes<T>];
-  for (auto& row : x)
-    for (T& one : row) one = T(uniform());
-  narrow<T>(vec(x[0]), vec(x[1]), to);
-  check(std::memcmp(x, to, sizeof(x)) == 0, "narrow");
-}
-
 template <class U>
 void test_all_finite() {
   typedef Sum<U> T;
@@ -729,8 +720,6 @@ int run() {
   test_stores(kBFloat16);
   test_narrow_loads<float>();
   test_rows();
-  test_narrow<float>();
-  test_narrow<double>();
   test_all_finite<float>();
   test_all_finite<double>();
 #if FA3NPU_AMX

@@ -343,13 +343,6 @@ INLINE void clear(T& x, int64_t) {
 }
 INLINE void clear(Pair& x, int64_t half) { (half ? x.second : x.first) = 0; }
 
-// Two vectors of sums as what the next product multiplies.
-template <class T>
-INLINE void narrow(const Vec<T>& x, const Vec<T>& y, T* to) {
-  store(to, x);
-  store(to + kLanes<T>, y);
-}
-
 #if FA3NPU_BFLOAT16
 // Ties away from zero: adding half an ulp and taking the upper halves is faster than the
 // instruction. A NaN must be as arithmetic and quiet() leave it.
@@ -357,6 +350,7 @@ INLINE __m512i rounded(const Vec<float>& x) {
   return _mm512_add_epi32((__m512i)x, _mm512_set1_epi32(0x8000));
 }
 
+// Two vectors of sums as what the next product multiplies.
 INLINE void narrow(const Vec<float>& x, const Vec<float>& y, Pair* to) {
   store(to, upper_halves(rounded(x), rounded(y)));
 }

@@ -67,7 +67,7 @@ void forward_chunk(const Attention& a, const RowTile* tiles, int64_t count, int6
       blocks_from(panel, [&](const Block<U>& b, int64_t block, int64_t) {
         if (q.any_sees(block, begin, rows))
           own.steps.take({&q, state, own.steps.memory(), &b, begin, rows, block,
-                          q.columns_of(block, begin, rows)});
+                          q.columns_of(block, begin, rows, 16 * kDepth<U>)});
       });
     }
     own.steps.finish();

@@ -256,8 +256,8 @@ struct QueryTile {
   }
 
   // How many keys of the block the rows that see most of it see, rounded up to whole steps.
-  int64_t columns_of(int64_t block, int64_t begin, int64_t count) const {
-    return least(round_up(keys[begin + count - 1].end - block, 32), kKeyBlock);
+  int64_t columns_of(int64_t block, int64_t begin, int64_t count, int64_t step = 32) const {
+    return least(round_up(keys[begin + count - 1].end - block, step), kKeyBlock);
   }
 
   // Of `count` rows from `begin`: whether any sees a key of the block, whether all see all of it.

@@ -111,14 +111,20 @@ struct SoftmaxStep {
     U* const weights = p + i * kKeyBlock / kDepth<U>;
     const T b = base[i];
     const Worth<T> worth = q->worth;  // which stores might change, for all the compiler knows
+    const auto weight = [&](int64_t j)
+                            INLINE_LAMBDA { return worth.template exp<U>(vec(row + j) - b); };
     Vec<T> total{};
-#pragma GCC unroll 2
-    for (int64_t j = 0, end = columns; j < end; j += 2 * L) {
-      const Vec<T> y = worth.template exp<U>(vec(row + j) - b);
-      const Vec<T> z = worth.template exp<U>(vec(row + j + L) - b);
-      narrow(y, z, weights + j / kDepth<U>);
+#pragma GCC unroll 4
+    for (int64_t j = 0, end = columns; j < end; j += kDepth<U> * L) {
+      const Vec<T> y = weight(j);
       total += y;
-      total += z;
+      if constexpr (kDepth<U> == 1) {
+        store(weights + j, y);
+      } else {
+        const Vec<T> z = weight(j + L);
+        narrow(y, z, weights + j / kDepth<U>);
+        total += z;
+      }
     }
     x[i] = total;
   }

@@ -113,11 +113,12 @@ INLINE void product_tiles(int64_t depth, const TilesOfRows& a, const Pair* b, in
                           int64_t ldc, bool accumulate, LateSums& late, F&& between = F()) {
   const int64_t b_bytes = 4 * ldb, c_bytes = 4 * ldc;
   const auto sums = [&](int i) INLINE_LAMBDA { return c + i / C * 16 * ldc + i % C * 16; };
+  const auto begin = [&]<int Sum>() INLINE_LAMBDA {
+    late.store<Sum>();
+    accumulate ? tile_load<Sum>(sums(Sum), c_bytes) : tile_zero<Sum>();
+  };
   const auto multiply = [&]<int Sum, int A, int B>(bool first) INLINE_LAMBDA {
-    if (first) {
-      late.store<Sum>();
-      accumulate ? tile_load<Sum>(sums(Sum), c_bytes) : tile_zero<Sum>();
-    }
+    if (first) begin.template operator()<Sum>();
     tile_multiply_add<Sum, A, B>();
   };
   const auto step = [&](int64_t k, bool first) INLINE_LAMBDA {
@@ -154,7 +155,10 @@ INLINE void product_tiles(int64_t depth, const TilesOfRows& a, const Pair* b, in
       });
     }
   };
-  step(0, true);
+  if (depth > 0)
+    step(0, true);
+  else  // as of a linear without columns
+    each<R * C>(begin);
   for (int64_t k = 16; k < depth; k += 16) step(k, false);
   each<R * C>([&]<int I>() INLINE_LAMBDA { late.at[I] = sums(I); });
   late.row_bytes = c_bytes;

@@ -64,16 +64,18 @@ class Spec:
 @dataclass(frozen=True)
 class Sample:
     """Seconds a call, over some calls in a row: of the whole process's CPU for one thread, of the
-    wall for more. others: cores that other processes used meanwhile."""
+    wall for more. wall: seconds of all of them; others: what other processes used meanwhile, which
+    the system counts in hundredths, so that of one sample it may be less than nothing."""
 
     seconds: float
+    wall: float
     others: float
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call: the median over samples, the fastest and the slowest. others: the mean of
-    the samples'."""
+    """Seconds a call: the median over samples, the fastest and the slowest. others: cores that
+    other processes used during all of them."""
 
     seconds: float
     low: float
@@ -85,7 +87,8 @@ class Timing:
 
 def timing(form: str, samples: list[Sample]) -> Timing:
     seconds = [sample.seconds for sample in samples]
-    others = statistics.mean(sample.others for sample in samples)
+    others = max(0.0, sum(sample.others for sample in samples))
+    others /= sum(sample.wall for sample in samples)
     middle = statistics.median(seconds)
     return Timing(middle, min(seconds), max(seconds), len(seconds), round(others, 2), form)
 
@@ -120,8 +123,7 @@ class Timer:
     def sample(self) -> Sample:
         started, busy = time.perf_counter(), busy_seconds()
         seconds = self.seconds(self.repeats)
-        others = max(0.0, busy_seconds() - busy) / (time.perf_counter() - started)
-        return Sample(seconds, others)
+        return Sample(seconds, time.perf_counter() - started, busy_seconds() - busy)
 
 
 @dataclass(frozen=True)

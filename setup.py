@@ -7,6 +7,7 @@ from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 BUILT = os.environ.get("FA3NPU_BUILT")  # fa3_ops/_C.abi3.so is there already: see the Makefile
+EMULATED_TILES = os.environ.get("FA3NPU_EMULATED_TILES")  # "1": AMX's, see `make test-amx`
 SANITIZE = os.environ.get("FA3NPU_SANITIZE", "").split()  # "address undefined": see `make sanitize`
 
 FLAGS = [  # tests/test_primitives.py compiles with them too
@@ -19,6 +20,7 @@ FLAGS = [  # tests/test_primitives.py compiles with them too
     "-Wno-psabi",
     "-fvisibility=hidden",
     "-DTORCH_TARGET_VERSION=0x020a000000000000",  # 2.10: one wheel for it and every later torch
+    *(["-DFA3NPU_EMULATED_TILES"] if EMULATED_TILES else []),
 ]
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ namespace {
 #if defined(__x86_64__)
 // Whether there are tiles of bfloat16 and the system lets this process use their registers.
 bool has_amx() {
+#if defined(FA3NPU_EMULATED_TILES)
+  return true;
+#else
   unsigned eax, ebx, ecx, edx = 0;
   constexpr unsigned kTiles = 1u << 24 | 1u << 22;  // AMX-TILE, AMX-BF16
   if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kTiles) != kTiles) return false;
@@ -30,6 +33,7 @@ bool has_amx() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
+#endif
 #endif
 }
 #endif

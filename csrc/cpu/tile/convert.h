@@ -378,6 +378,22 @@ INLINE void interleave(const Vec<Pair>& a, const Vec<Pair>& b, Pair* to) {
   store(to + 16, pairs.last);
 }
 
+// Both vectors' numbers in turn.
+struct InterleavedFloats {
+  Vec<float> first, last;
+};
+INLINE InterleavedFloats interleaved(const Vec<float>& a, const Vec<float>& b) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i last = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  return {_mm512_permutex2var_ps(a, first, b), _mm512_permutex2var_ps(a, last, b)};
+}
+
+// What is below the smallest normal number counts as zero, as tiles have it.
+INLINE Vec<float> flushed(const Vec<float>& x) {
+  const auto bits = (Vec<Pair>)x;
+  return (Vec<float>)((bits & 0x7fffffff) < 0x00800000 ? bits & ~0x7fffffff : bits);
+}
+
 inline bool all_finite(const Pair* x, int64_t n) {
   Vec<Pair> infinite{};  // lanes with all bits of an exponent set
   for (int64_t i = 0; i < n; i += kLanes<Pair>) {

@@ -31,19 +31,23 @@ struct Ahead {
 };
 
 #if FA3NPU_AMX
-// A step of keys as the left side of scores, [key][ld]: no transpose of K for so little use.
+// A step of keys or values as they lie, [key][ld]: no transpose and no pairs for so little use.
 template <class U>
 struct StepOfKeys {
-  int64_t width, ld;
   U* copy;
+  Sum<U>* sums;  // of each row with the first and the second columns of pairs
 
   StepOfKeys(const Attention& a, Arena& arena)
-      : width(a.headdim), ld(padded<U>(width) / kDepth<U>), copy(arena.take<U>(kStep * ld)) {}
+      : copy(arena.take<U>(kStep * units<U>(padded<U>(greater(a.headdim, a.headdim_v))))),
+        sums(arena.take<Sum<U>>(kFewRows * padded<U>(a.headdim_v))) {}
 
-  // Where they lie, or in a copy that is zero past the last.
-  TilesOfRows load(const KeyRows& keys, const Rows& cache, int64_t head) const {
+  // Where they lie, if evenly, every 16 or all; or in a copy that is zero past the last.
+  TilesOfRows load(const KeyRows& keys, const Rows& cache, int64_t head, int64_t width,
+                   bool all) const {
+    const int64_t ld = units<U>(padded<U>(width));
     const bool whole = width == ld * kDepth<U> && keys.count == kStep;
-    const bool in_place = whole && keys.even && cache.dtype == ScalarType::BFloat16;
+    const bool even = keys.even && !(all && keys.at[16] - keys.at[0] != 16 * cache.row);
+    const bool in_place = whole && even && cache.dtype == ScalarType::BFloat16;
     if (!in_place) {
       if (!whole) fill<U>(copy, kStep * ld, U{});
       for (int64_t j = 0; j < keys.count; ++j)
@@ -105,8 +109,8 @@ struct FewRows {
 #if FA3NPU_AMX
     alignas(64) T by_key[kStep * kFewRows];
     LateSums late;
-    product_tiles<kStep / 16, 1>(q.ld, k.load(keys, q.a.k, q.head_k), columns, kFewRows, by_key,
-                                 kFewRows, false, late);
+    product_tiles<kStep / 16, 1>(q.ld, k.load(keys, q.a.k, q.head_k, q.a.headdim, false), columns,
+                                 kFewRows, by_key, kFewRows, false, late);
     late.store_all();
     for (int64_t i = 0; i < kStep; i += kFewRows) {
       ahead();
@@ -207,6 +211,56 @@ struct FewRows {
   }
 #endif
 
+#if FA3NPU_AMX
+  // How many rows a tile has that multiplies values as they lie: two for each, of at most 8 rows.
+  static int64_t tile_rows(int64_t rows) { return least(2 * rows, 16); }
+
+  // out += P V of a step of keys without making pairs of keys. As the right side of tiles, a row of
+  // V is pairs of columns. So P's rows come twice: beside the first and the second columns, with
+  // zeros beside the others. Even keys go before odd ones: these are the sums of pairs of keys, in
+  // the same order. Where they are not finite, which a zero may have made of a value that is not,
+  // nothing is added: returns whether.
+  bool add_values_in_place(const TilesOfRows& v, const Left<U>& left, T* sums, Ahead ahead) const {
+    constexpr int64_t L = kLanes<U>, kRows = 8;
+    const int64_t per_tile = tile_rows(q.rows) * L;
+    T* to = sums;
+    for (int64_t begin = 0; begin < q.rows; begin += kRows) {
+      alignas(64) U weights[2][2 * kRows][L] = {};
+      for (int64_t r = 0; r < least(kRows, q.rows - begin); ++r) {
+        const Vec<U> x = vec(left.at + (begin + r) * left.row);
+        store(weights[0][2 * r], x & 0xffff);
+        store(weights[0][2 * r + 1], x << 16);
+        store(weights[1][2 * r], (x >> 16) & 0xffff);
+        store(weights[1][2 * r + 1], x & ~0xffff);
+      }
+      tile_load<2>(weights[0], sizeof weights[0][0]);
+      tile_load<3>(weights[1], sizeof weights[1][0]);
+      for (int64_t c = 0; c < state.ld; c += 2 * L, to += per_tile) {
+        const char* const even = v.at[0] + 2 * c;
+        tile_zero<0>();
+        tile_load<5>(even, 2 * v.row_bytes);
+        tile_multiply_add<0, 2, 5>();
+        ahead();
+        tile_load<6>(even + v.row_bytes, 2 * v.row_bytes);
+        tile_multiply_add<0, 3, 6>();
+        ahead();
+        tile_store<0>(to, L * sizeof(T));
+      }
+    }
+    if (!all_finite(sums, to - sums)) return false;
+    to = sums;
+    for (int64_t begin = 0; begin < q.rows; begin += kRows)
+      for (int64_t c = 0; c < state.ld; c += 2 * L, to += per_tile)
+        for (int64_t r = 0; r < least(kRows, q.rows - begin); ++r) {
+          T* const out = state.out + (begin + r) * state.ld + c;
+          const auto x = interleaved(vec(to + 2 * r * L), vec(to + (2 * r + 1) * L));
+          store(out, flushed(flushed(vec(out)) + x.first));  // as tiles add
+          store(out + L, flushed(flushed(vec(out + L)) + x.last));
+        }
+    return true;
+  }
+#endif
+
   void take_softmax(int64_t block, int64_t columns) const {
     for (int64_t r = 0; r < q.rows; r += kLanes<T>) {
       const int64_t count = least(kLanes<T>, q.rows - r);
@@ -219,11 +273,15 @@ struct FewRows {
   }
 
   // out += P V of a step of keys, the block's from column j on.
-  void add_values(const KeyRows& keys, int64_t block, int64_t j, KeyTile<U>& v, Ahead ahead) const {
+  void add_values(const KeyRows& keys, int64_t block, int64_t j, KeyTile<U>& v,
+                  [[maybe_unused]] const StepOfKeys<U>& step, Ahead ahead) const {
     const Rows& cache = q.a.v;
     const bool all_see = q.all_see(block, 0, q.rows);
     const Left<U> left{p + j / kDepth<U>, p_ld, 1};
-#if !FA3NPU_AMX
+#if FA3NPU_AMX
+    const TilesOfRows rows = step.load(keys, cache, q.head_k, q.a.headdim_v, true);
+    if (add_values_in_place(rows, left, step.sums, ahead)) return;
+#else
     const bool whole = all_see && keys.count == kStep && v.width == v.ld;
     if constexpr (kDepth<U> == 1) {
       const bool in_place = whole && keys.even;
@@ -310,10 +368,10 @@ void forward_few(const Attention& a, const RowTile* tiles, int64_t count, int64_
                 INLINE_LAMBDA { head.take_scores(keys, j, own.k, ahead); });
     }
     for (int64_t i = 0; i < count; ++i) heads[i].take_softmax(block, columns);
-    const ProductState product_state(q.rows);
+    const ProductState product_state(FewRows<U>::tile_rows(q.rows));
     steps(a.v, block, columns, a.headdim_v, FA3NPU_AMX ? (a.headdim_v + 15) / 16 : kStep / 16,
           [&](const FewRows<U>& head, const KeyRows& keys, int64_t j, Ahead ahead)
-              INLINE_LAMBDA { head.add_values(keys, block, j, own.v, ahead); });
+              INLINE_LAMBDA { head.add_values(keys, block, j, own.v, own.k, ahead); });
   }
 }
 

@@ -8,7 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "cpu/tile/vector.h"
+#include "cpu/tile/convert.h"
 
 #if FA3NPU_AMX
 FA3NPU_TARGET_BEGIN
@@ -53,12 +53,6 @@ __attribute__((noinline)) void tile_store(void* to, int64_t row_bytes) {
   const Tile& tile = configured<T>();
   for (int64_t r = 0; r < tile.rows; ++r)
     __builtin_memcpy(static_cast<char*>(to) + r * row_bytes, tile.row[r], 64);
-}
-
-// What is below the smallest normal number counts as zero.
-INLINE Vec<float> flushed(const Vec<float>& x) {
-  const auto bits = (Vec<Pair>)x;
-  return (Vec<float>)((bits & 0x7fffffff) < 0x00800000 ? bits & ~0x7fffffff : bits);
 }
 
 // First and second numbers of pairs are summed apart, then both and C.

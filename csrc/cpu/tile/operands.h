@@ -54,6 +54,11 @@ struct KeyRows {
   }
 };
 
+// Asks for a row that no hardware does, since the one before lies on another page.
+INLINE void prefetch(const char* row, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
+}
+
 constexpr char kZeros[kMaxHeadDim * 8] = {};
 
 // A block of K or V as the right side of products, of either kind or both:
@@ -88,7 +93,13 @@ struct KeyTile {
   template <class From>  // or void: by way of the strip
   void load_as(const KeyRows& keys, const Rows& cache, int64_t head) {
     const int64_t end = round_up(keys.count, 32);
+    const auto ask = [&](int64_t j) {
+      for (int64_t i = j; i < least(j + kLanes<U>, keys.count); ++i)
+        prefetch(keys.at[i] + head * cache.head, width * cache.element);
+    };
+    ask(0);
     for (int64_t j = 0; j < end; j += kLanes<U>) {
+      ask(j + kLanes<U>);
       const char* from[kLanes<U>];
       for (int64_t i = 0; i < kLanes<U>; ++i)
         from[i] = j + i < keys.count ? keys.at[j + i] + head * cache.head : kZeros;
@@ -203,8 +214,11 @@ struct QueryTile {
     const T v_scale = a.v_descale.get(sequence, head_k, 1);
     worth = Worth<T>(a, sequence, head_k);
     int64_t i = first / a.group(), in_group = first % a.group();
+    const int64_t last = i + (in_group + rows - 1) / a.group(), bytes = a.headdim * a.q.element;
+    constexpr int64_t kAhead = 8;  // tokens
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t h = head_k * a.group() + in_group;
+      if (i + kAhead <= last) prefetch(a.q.at(s->q_batch, s->q_begin + i + kAhead, h), bytes);
       position[r] = i;
       keys[r] = a.visible(*s, i);
       slope[r] = quiet(a.alibi_slopes.get(sequence, h, 0));

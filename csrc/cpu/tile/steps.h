@@ -72,8 +72,9 @@ struct Step {
 
   template <class F = Nothing>
   void add_values(F&& between = F()) const {
+    const int64_t seen = least(columns, q->keys[begin + rows - 1].end - block);
     add_product<U>(
-        rows, b->v.ld, units<U>(columns), {memory.p, kKeyBlock / kDepth<U>, 1}, b->v.rows,
+        rows, b->v.ld, units<U>(seen), {memory.p, kKeyBlock / kDepth<U>, 1}, b->v.rows,
         state.out + begin * state.ld, state.ld, b->finite, b->v.spare,
         [&](int64_t r, int64_t j) { return q->sees(begin + r, block + j); }, between);
   }

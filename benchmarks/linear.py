@@ -42,11 +42,11 @@ def calls_of(
 
 def cell(dtype: torch.dtype, rows: int, size: tuple[int, int], threads: int) -> str:
     """Our speed as a multiple of PyTorch's, and our operations a second and bytes of weight."""
-    calls = calls_of(dtype, rows, size)
+    timers = [worker.Timer(some, threads) for some in calls_of(dtype, rows, size)]
     seconds: list[list[float]] = [[], []]
     for _ in range(TURNS):
-        for some, times in zip(calls, seconds, strict=True):
-            times.append(worker.time_calls(some, threads, "", worker.TRIAL).seconds)
+        for timer, times in zip(timers, seconds, strict=True):
+            times.append(timer.sample().seconds)
         if sum(map(sum, seconds)) * 3 > PATIENCE:
             break
     ours, pytorchs = map(statistics.median, seconds)

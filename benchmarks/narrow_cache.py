@@ -68,10 +68,13 @@ def calls_of(
 def row(q_dtype: torch.dtype, batch: int, seqlen: int, page_size: int, threads: int) -> str:
     """Of one shape, all dtypes in turns."""
     dtypes = (q_dtype, *NARROW)
-    calls = {dtype: calls_of(dtype, q_dtype, batch, seqlen, page_size) for dtype in dtypes}
+    timers = {
+        dtype: worker.Timer(calls_of(dtype, q_dtype, batch, seqlen, page_size), threads)
+        for dtype in dtypes
+    }
     seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in dtypes}
-    for _, (dtype, some) in itertools.product(range(TURNS), calls.items()):
-        seconds[dtype].append(worker.time_calls(some, threads, "", worker.TRIAL).seconds)
+    for _, (dtype, timer) in itertools.product(range(TURNS), timers.items()):
+        seconds[dtype].append(timer.sample().seconds)
     rate = {d: batch * seqlen / statistics.median(s) / 1e6 for d, s in seconds.items()}
     wide = rate[dtypes[0]]
     bandwidth = wide * 1e6 * 2 * NHEADS_K * D * q_dtype.itemsize / 1e9

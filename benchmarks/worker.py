@@ -120,6 +120,10 @@ class Timer:
             next(self.rotation)()
         return max((self.clock() - start) / repeats, 1e-6)
 
+    def trial(self) -> float:
+        """Seconds a call, to choose by."""
+        return statistics.median(self.sample().seconds for _ in range(3 if self.one < 0.1 else 1))
+
     def sample(self) -> Sample:
         started, busy = time.perf_counter(), busy_seconds()
         seconds = self.seconds(self.repeats)
@@ -179,19 +183,19 @@ class Bench:
             forms = self.peer.forms(row)
         except Unsupported as why:
             return str(why)
-        reasons, trials = [], []
+        reasons, timers = [], {}
         for form in forms:
-            why_not = self.wrong(row, form)
-            if why_not:
+            if why_not := self.wrong(row, form):
                 reasons.append(f"{form}: {why_not}" if form else why_not)
-                continue
-            timer = Timer(self.calls(row, form), self.threads)
-            short = len(forms) > 1 and timer.one < 0.1  # else the first call has to do
-            tried = [timer.sample().seconds for _ in range(3 if short else 0)]
-            trials.append((statistics.median(tried or [timer.one]), form, timer))
-        if not trials:
+            else:
+                timers[form] = Timer(self.calls(row, form), self.threads)
+        if not timers:
             return "; ".join(reasons)
-        _, form, self.timer = min(trials, key=lambda trial: trial[0])
+        # The first call of a slow one was cold, but twice the least is more than that explains.
+        most = 2 * min(timer.one for timer in timers.values())
+        near = [form for form, timer in timers.items() if timer.one <= most]
+        form = near[0] if len(near) == 1 else min(near, key=lambda form: timers[form].trial())
+        self.timer = timers[form]
         return Ready(form)
 
     def sample(self, _: None) -> Sample:

@@ -131,7 +131,7 @@ class Workload:
         return ", ".join(parts)
 
 
-EVERYONE = ("ours", "sdpa", "sdpa_newest", "flex", "vllm", "openvino", "onnxruntime")
+EVERYONE = ("ours", "sdpa", "sdpa_newest", "flex", "vllm", "openvino", "onnxruntime", "llama_cpp")
 
 
 def decode() -> Iterator[Workload]:

@@ -9,6 +9,7 @@ sessions, page tables) is done outside the calls.
 
 from .base import Peer
 from .flex import Flex
+from .llama_cpp import LlamaCpp
 from .onnxruntime import OnnxRuntime
 from .openvino import OpenVino
 from .ours import Ours
@@ -23,4 +24,5 @@ PEERS: dict[str, type[Peer]] = {
     "vllm": Vllm,
     "openvino": OpenVino,
     "onnxruntime": OnnxRuntime,
+    "llama_cpp": LlamaCpp,
 }

@@ -104,6 +104,9 @@ struct FewRows {
 #endif
   }
 
+  // How many rows AMX's tiles of values have: two for each, of at most 8 rows at a time.
+  static int64_t tile_rows(int64_t rows) { return least(2 * rows, 16); }
+
   // The scores of a step of keys, the block's from column j on.
   void take_scores(const KeyRows& keys, int64_t j, StepOfKeys<U>& k, Ahead ahead) const {
 #if FA3NPU_AMX
@@ -226,9 +229,6 @@ struct FewRows {
 #endif
 
 #if FA3NPU_AMX
-  // How many rows a tile has that multiplies values as they lie: two for each, of at most 8 rows.
-  static int64_t tile_rows(int64_t rows) { return least(2 * rows, 16); }
-
   // out += P V of a step of keys without making pairs of keys. As the right side of tiles, a row of
   // V is pairs of columns. So P's rows come twice: beside the first and the second columns, with
   // zeros beside the others. Even keys go before odd ones: these are the sums of pairs of keys, in

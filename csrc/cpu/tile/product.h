@@ -261,7 +261,7 @@ void add_product(int64_t rows, int64_t columns, int64_t depth, const Left<U>& a,
   if (!finite) {
     const int64_t whole = kDepth<U> == 1 ? depth : round_up(depth, 16);
     __builtin_memcpy(spare, b, sizeof(U) * columns * whole);
-    take_non_finite(rows, columns, depth, a, spare, c, ldc, sees);
+    take_non_finite(rows, columns, whole, a, spare, c, ldc, sees);
     b = spare;
   }
   product(rows, columns, depth, a, b, columns, c, ldc, true, between);

@@ -492,12 +492,14 @@ def flash_attn_with_kvcache(
         attention_chunk, softcap, rotary_interleaved, scheduler_metadata, num_splits, pack_gqa,
         sm_margin, alibi_slopes, sinks, seqused_q, cache_start,
     )  # fmt: skip
-    op = ops.flash_attn_with_kvcache
     if out is None:
-        out, softmax_lse = direct.call(op, composite.repeating, arguments)
+        results = composite.directly(arguments)
+        if results is None:
+            results = ops.flash_attn_with_kvcache(*arguments)
+        out, softmax_lse = results
     else:
-        into = composite.flash_attn_with_kvcache_out
-        softmax_lse = direct.call(op.out, into, arguments, out=out)
+        op, into = ops.flash_attn_with_kvcache.out, composite.flash_attn_with_kvcache_out
+        softmax_lse = direct.call(op, into, arguments, out=out)
     return (out, softmax_lse) if return_softmax_lse else out
 
 

@@ -87,8 +87,9 @@ def record(op: Any, node: type[Recorded]) -> None:
     node.name = name_of(op)
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        run = partial(below_autograd, op, keyset)
-        return node.record(run, *args) if is_watched(*args) else run(*args)
+        if not is_watched(*args):
+            return below_autograd(op, keyset, *args)
+        return node.record(partial(below_autograd, op, keyset), *args)
 
     implement(op, kernel, "Autograd", with_keyset=True)
 

@@ -8,7 +8,7 @@ pure operator that reads it, whose order the schemas declare.
 from __future__ import annotations
 
 import functools
-from operator import is_, itemgetter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -229,47 +229,80 @@ def _knows_all(seen: list[Repeated | None], arguments: tuple[Any, ...]) -> bool:
 _kept: Kept[_Steps] = Kept()
 
 
-TENSORS = ("q", "k_cache", "v_cache", "cache_seqlens", "page_table")  # of a plain decode
-NUMBERS = (
-    *("softmax_scale", "causal", "window_size", "attention_chunk", "softcap"),
-    "rotary_interleaved",
+MASKS = ("window_size", "attention_chunk", "softcap")
+# All that a plain decode gives. How it would rotate does not matter to it.
+PLAIN = (
+    *("q", "k_cache", "v_cache", "cache_seqlens", "page_table"),
+    *("softmax_scale", "rotary_interleaved", "causal", *MASKS),
 )
 
 
 @functools.cache
-def _plain() -> tuple[Any, Any, list[Any], Any]:
-    """Of the operator's arguments: the tensors of a plain decode, those that it leaves at their
-    defaults, these, and the arguments of flash_attn_kvcache."""
-    s = signature(_op())
-    others = [name for name in s.names if name not in (*TENSORS, *NUMBERS)]
-    reads = signature(ops.flash_attn_kvcache.default).names
-    of = [itemgetter(*map(s.names.index, names)) for names in (TENSORS, others, reads)]
-    return of[0], of[1], [s.defaults[name] for name in others], of[2]
+def _plain() -> Callable[..., Any]:
+    """A function of every argument: None, or of a plain decode its arguments PLAIN, and those of
+    flash_attn_kvcache up to MASKS. It is written out from the schemas, because a loop over so many
+    takes several times as long."""
+    s, reads = signature(_op()), signature(ops.flash_attn_kvcache.default).names
+    defaults = {f"default_{n}": s.defaults[n] for n in s.names if n not in PLAIN}
+    others = " and ".join(f"{n.removeprefix('default_')} is {n}" for n in defaults)
+    results = [", ".join(names) for names in (PLAIN, reads[: reads.index(MASKS[-1]) + 1])]
+    function: Callable[..., Any] = eval(
+        f"lambda {', '.join(s.names)}: (({results[0]}), ({results[1]})) if {others} else None",
+        defaults,
+    )
+    return function
 
 
-def _checked_by_the_kernel(arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The arguments of flash_attn_kvcache if it is a plain decode on CPU: its kernel, which writes
-    no cache, refuses all that would be refused here."""
-    tensors, others, defaults, reads = _plain()
-    if not all(map(is_, others(arguments), defaults)):
+@functools.cache
+def _attend() -> Any:
+    """flash_attn_kvcache, if possible without the function in Python that PyTorch puts around."""
+    op = ops.flash_attn_kvcache.default
+    return getattr(op, "_op", op)
+
+
+def _checked_by_the_kernel(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor | None,
+    page_table: Tensor | None,
+) -> bool:
+    """Whether the kernel of a plain decode, which writes no cache, refuses all that would be
+    refused here: on CPU."""
+    return (
+        (q.is_cpu and k_cache.is_cpu and v_cache.is_cpu)
+        and (cache_seqlens is None or cache_seqlens.is_cpu)
+        and (page_table is None or page_table.is_cpu)
+        and k_cache.stride()[-1:] == v_cache.stride()[-1:] == (1,)
+    )
+
+
+def directly(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
+    """flash_attn_with_kvcache of every argument, or None where others than kernels see the call."""
+    if torch.compiler.is_compiling():
         return None
-    q, k_cache, v_cache, cache_seqlens, page_table = tensors(arguments)
-    if not (q.is_cpu and k_cache.is_cpu and v_cache.is_cpu):
+    plain = _plain()(*arguments)
+    given, names = (arguments, None) if plain is None else (plain[0], PLAIN)
+    if not direct.only_the_kernel_sees(ops.flash_attn_with_kvcache, given, names):
         return None
-    if not (cache_seqlens is None or cache_seqlens.is_cpu):
-        return None
-    if not (page_table is None or page_table.is_cpu):
-        return None
-    if not k_cache.stride()[-1:] == v_cache.stride()[-1:] == (1,):
-        return None
-    result: tuple[Any, ...] = reads(arguments)
-    return result
+    results: tuple[Tensor, Tensor]
+    if plain is not None and _checked_by_the_kernel(*given[:5]):
+        # PyTorch fills in defaults faster than it converts what is given.
+        reads = plain[1][:-3] if given[-3:] == ((-1, -1), 0, 0.0) else plain[1]
+        try:
+            results = direct.take(_attend(), reads)
+        except (RuntimeError, ValueError, TypeError):
+            pass  # is found again below, by the name that the caller knows
+        else:
+            return results
+    results = direct.take(repeating, arguments)
+    return results
 
 
 def repeating(*arguments: Any) -> tuple[Tensor, Tensor]:
     """flash_attn_with_kvcache where nobody but kernels sees the call."""
     if not devices.of(arguments[0].device).repeats:
-        return _anew(arguments)
+        return flash_attn_with_kvcache(*arguments)
     try:
         key = key_of(arguments)
     except RuntimeError:  # a tensor without strides, which is refused
@@ -287,26 +320,11 @@ def repeating(*arguments: Any) -> tuple[Tensor, Tensor]:
     return results
 
 
-def _anew(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    plain = _checked_by_the_kernel(arguments)
-    if plain is not None:
-        try:
-            out, softmax_lse = ops.flash_attn_kvcache.default(*plain)
-        except (RuntimeError, ValueError, TypeError):
-            pass  # is found again below, by the name that the caller knows
-        else:
-            return out, softmax_lse
-    return flash_attn_with_kvcache(*arguments)
-
-
 def _watched(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     if forward_ad._current_level >= 0:
         refuse_forward_mode("flash_attn_with_kvcache", (*args, *kwargs.values()))
-    arguments = every(_op(), args)
-    if not kwargs and direct.only_the_kernel_sees(_op(), arguments):
-        results: tuple[Tensor, Tensor] = direct.take(repeating, arguments)
-        return results
-    return flash_attn_with_kvcache(*args, **kwargs)
+    results = None if kwargs else directly(every(_op(), args))
+    return flash_attn_with_kvcache(*args, **kwargs) if results is None else results
 
 
 def _watched_out(*args: Any, out: Tensor, **kwargs: Any) -> Tensor:

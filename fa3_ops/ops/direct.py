@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from fa3_ops.ops.schema import signature
 
@@ -34,43 +35,51 @@ _TYPES = {
 }
 
 
-def _bare() -> frozenset[int]:
-    """What a thread includes in every dispatch, outside and inside torch.inference_mode. Dispatch
-    modes, fake tensors, tracers and the transforms of torch.func add a key of their own."""
-    try:
-        torch._C._AutoDispatchBelowAutograd  # noqa: B018
-        keys, key = torch._C.DispatchKeySet, torch._C.DispatchKey
-        outside, view = keys(key.BackendSelect), keys(key.ADInplaceOrView)
-        return frozenset({outside.raw_repr(), (outside | view).raw_repr()})
-    except AttributeError:
-        return frozenset()
+# What a thread includes in every dispatch, outside and inside torch.inference_mode. Dispatch modes,
+# fake tensors, tracers and the transforms of torch.func add a key of their own.
+_BARE: frozenset[int] = frozenset()
+try:
+    from torch._C import (
+        DispatchKey,
+        DispatchKeySet,
+        _any_requires_grad,
+        _AutoDispatchBelowAutograd,
+        _dispatch_tls_local_include_set,
+        _is_any_autocast_enabled,
+        _is_torch_function_mode_enabled,
+    )
 
-
-_BARE = _bare()
+    _outside = DispatchKeySet(DispatchKey.BackendSelect)
+    _inside = _outside | DispatchKeySet(DispatchKey.ADInplaceOrView)
+    _BARE = frozenset({_outside.raw_repr(), _inside.raw_repr()})
+except (ImportError, AttributeError):
+    pass
 
 
 @functools.lru_cache
-def _as_declared(op: Any, types: tuple[type, ...]) -> bool:
+def _as_declared(op: Any, names: tuple[str, ...] | None, types: tuple[type, ...]) -> bool:
     """Whether arguments have the types of the schema: no subclass, symbol or mistake."""
-    declared = signature(getattr(op, "default", op)).types
-    return all(t in _TYPES[want] for t, want in zip(types, declared, strict=True))
+    s = signature(getattr(op, "default", op))
+    declared = dict(zip(s.names, s.types, strict=True))
+    return all(t in _TYPES[declared[n]] for n, t in zip(names or s.names, types, strict=True))
 
 
-def only_the_kernel_sees(op: Any, arguments: tuple[object, ...]) -> bool:
-    """Whether nothing between caller and kernel traces, watches, casts or differentiates."""
-    try:
-        return (
-            not torch.compiler.is_compiling()
-            and torch._C._dispatch_tls_local_include_set().raw_repr() in _BARE
-            and not torch._C._is_torch_function_mode_enabled()
-            and not torch._C._is_any_autocast_enabled()
-            and _as_declared(op, tuple(map(type, arguments)))
-            # autograd.is_watched, written out
-            and forward_ad._current_level < 0
-            and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments))
-        )
-    except AttributeError:
-        return False
+def only_the_kernel_sees(
+    op: Any, arguments: tuple[object, ...], names: tuple[str, ...] | None = None
+) -> bool:
+    """Whether nothing between caller and kernel traces, watches, casts or differentiates. names:
+    those of the arguments, if all others are at their defaults."""
+    return (
+        bool(_BARE)
+        and not is_compiling()
+        and _dispatch_tls_local_include_set().raw_repr() in _BARE
+        and not _is_torch_function_mode_enabled()
+        and not _is_any_autocast_enabled()
+        and _as_declared(op, names, tuple(map(type, arguments)))
+        # autograd.is_watched, written out
+        and forward_ad._current_level < 0
+        and not (torch.is_grad_enabled() and _any_requires_grad(*arguments))
+    )
 
 
 def call(
@@ -86,5 +95,5 @@ def take(shortcut: Callable[..., Any], arguments: tuple[object, ...], **out: Ten
     """The short way, without asking whether it may be taken."""
     if torch.is_inference_mode_enabled():  # is below autograd
         return shortcut(*arguments, **out)
-    with torch._C._AutoDispatchBelowAutograd():
+    with _AutoDispatchBelowAutograd():
         return shortcut(*arguments, **out)

@@ -21,6 +21,8 @@ class Signature:
     types: tuple[str, ...]  # "Tensor", "Optional[Tensor]", "int", "List[int]", ...
     defaults: Mapping[str, Any]
     written: tuple[str, ...]  # in place, `out` among them
+    values: tuple[Any, ...]  # the defaults in order, None where there is none
+    lists: tuple[int, ...]  # where lists of numbers are
 
 
 @functools.cache
@@ -32,6 +34,8 @@ def signature(op: Any) -> Signature:
         types=tuple(str(a.type) for a in arguments),
         defaults={a.name: a.default_value for a in arguments if a.has_default_value()},
         written=tuple(a.name for a in arguments if a.alias_info is not None),
+        values=tuple(a.default_value for a in arguments),
+        lists=tuple(i for i, a in enumerate(arguments) if str(a.type) == "List[int]"),
     )
 
 
@@ -44,8 +48,10 @@ def bind(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, A
 def every(op: Any, args: Sequence[Any]) -> tuple[Any, ...]:
     """Every argument in order, lists of numbers as tuples."""
     s = signature(op)
-    given = (*args, *(s.defaults[name] for name in s.names[len(args) :]))
-    return tuple(tuple(x) if type(x) is list else x for x in given)
+    given = [*args, *s.values[len(args) :]]
+    for i in s.lists:
+        given[i] = tuple(given[i])
+    return tuple(given)
 
 
 def tensors(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ pure operator that reads it, whose order the schemas declare.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -238,19 +238,14 @@ PLAIN = (
 
 
 @functools.cache
-def _plain() -> Callable[..., Any]:
-    """A function of every argument: None, or of a plain decode its arguments PLAIN, and those of
-    flash_attn_kvcache up to MASKS. It is written out from the schemas, because a loop over so many
-    takes several times as long."""
+def _plain() -> tuple[Any, Any, list[Any], Any]:
+    """Of every argument: those that a plain decode gives, the others, which it leaves at these
+    defaults, and the arguments of flash_attn_kvcache up to MASKS."""
     s, reads = signature(_op()), signature(ops.flash_attn_kvcache.default).names
-    defaults = {f"default_{n}": s.defaults[n] for n in s.names if n not in PLAIN}
-    others = " and ".join(f"{n.removeprefix('default_')} is {n}" for n in defaults)
-    results = [", ".join(names) for names in (PLAIN, reads[: reads.index(MASKS[-1]) + 1])]
-    function: Callable[..., Any] = eval(
-        f"lambda {', '.join(s.names)}: (({results[0]}), ({results[1]})) if {others} else None",
-        defaults,
-    )
-    return function
+    others = [name for name in s.names if name not in PLAIN]
+    parts = (PLAIN, others, reads[: reads.index(MASKS[-1]) + 1])
+    given, rest, read = [itemgetter(*map(s.names.index, names)) for names in parts]
+    return given, rest, [s.defaults[name] for name in others], read
 
 
 @functools.cache
@@ -281,14 +276,16 @@ def directly(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
     """flash_attn_with_kvcache of every argument, or None where others than kernels see the call."""
     if torch.compiler.is_compiling():
         return None
-    plain = _plain()(*arguments)
-    given, names = (arguments, None) if plain is None else (plain[0], PLAIN)
+    plain, others, defaults, read = _plain()
+    is_plain = all(map(is_, others(arguments), defaults))
+    given, names = (plain(arguments), PLAIN) if is_plain else (arguments, None)
     if not direct.only_the_kernel_sees(ops.flash_attn_with_kvcache, given, names):
         return None
     results: tuple[Tensor, Tensor]
-    if plain is not None and _checked_by_the_kernel(*given[:5]):
-        # PyTorch fills in defaults faster than it converts what is given.
-        reads = plain[1][:-3] if given[-3:] == ((-1, -1), 0, 0.0) else plain[1]
+    if is_plain and _checked_by_the_kernel(*given[:5]):
+        reads = read(arguments)
+        if given[-3:] == ((-1, -1), 0, 0.0):
+            reads = reads[:-3]  # PyTorch fills in defaults faster than it converts what is given
         try:
             results = direct.take(_attend(), reads)
         except (RuntimeError, ValueError, TypeError):

@@ -136,7 +136,7 @@ test-cpu: $(VENV)/build
 		--ignore tests/cuda
 
 # The AMX kernels, whose tiles are emulated; beside them they take AVX512_BF16's vectors.
-AMX_VECTORS := $(shell grep -ow -m 1 avx512_bf16 /proc/cpuinfo)
+AMX_VECTORS := $(shell grep -w -m 1 avx512_bf16 /proc/cpuinfo | grep -ow avx512vbmi)
 AMX_TESTS = cd tests && PYTHONPATH=$(CURDIR)/build/amx ../$(BIN)/python -m pytest -c ../pyproject.toml
 test-amx: export FA3NPU_EMULATED_TILES = 1
 test-amx: $(if $(AMX_VECTORS),build/amx)
@@ -144,7 +144,7 @@ ifdef AMX_VECTORS
 	@$(AMX_TESTS) test_primitives.py test_cpu_capabilities.py -k AMX
 	@export FA3NPU_CPU_CAPABILITY=AMX; $(AMX_TESTS) test_batch_invariant.py test_narrow.py
 else
-	@echo "==> Not run: test-amx, which needs a processor with AVX512_BF16"
+	@echo "==> Not run: test-amx, which needs a processor with AVX512_BF16 and VBMI"
 endif
 
 test-npu: $(NPU_VENV)/build test-emulator

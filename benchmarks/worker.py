@@ -300,6 +300,8 @@ def serve(connection: Connection, spec: Spec, arena: mmap, log: int) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(spec.environment())
+    if hasattr(os, "sched_setaffinity"):  # all peers on the same cores, which neighbours may slow
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-spec.threads :])
     try:
         if spec.name == "sdpa_newest":
             use_newest()

@@ -46,8 +46,8 @@ struct StepOfKeys {
                    bool all) const {
     const int64_t ld = units<U>(padded<U>(width));
     const bool whole = width == ld * kDepth<U> && keys.count == kStep;
-    const bool even = keys.even && !(all && keys.at[16] - keys.at[0] != 16 * cache.row);
-    const bool in_place = whole && even && cache.dtype == ScalarType::BFloat16;
+    const bool in_place = whole && keys.even && cache.dtype == ScalarType::BFloat16 &&
+                          !(all && keys.at[16] - keys.at[0] != 16 * cache.row);
     if (!in_place) {
       if (!whole) fill<U>(copy, kStep * ld, U{});
       for (int64_t j = 0; j < keys.count; ++j)

@@ -109,7 +109,7 @@ class Vllm:
 
 
 def serve(connection: Connection, engine: str, attention: str, threads: int, model: Path) -> None:
-    """Answers (prompts, new tokens) with when each step's tokens were there, until None comes."""
+    """Answers (prompts, new tokens) with when each step's tokens were there."""
     os.dup2(2, 1)  # what engines print is not the table
     os.environ |= {
         "OMP_NUM_THREADS": str(threads),
@@ -120,7 +120,8 @@ def serve(connection: Connection, engine: str, attention: str, threads: int, mod
     }
     subject = (Vllm if engine == "vllm" else Transformers)(model, attention)
     connection.send("ready")
-    while wish := connection.recv():
+    while True:
+        wish = connection.recv()
         started = time.perf_counter()
         connection.send([t - started for t in subject.generate(*wish)])
 

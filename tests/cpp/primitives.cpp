@@ -353,8 +353,8 @@ void test_codes(const char* codes) {
   if constexpr (kOfCodes<From>) {
     const char* rows[16];
     for (int i = 0; i < 16; ++i) rows[i] = codes + i;
-    const Interleaved want = interleaved(From::vector(codes), From::vector(codes + 5));
-    const Interleaved got = From::interleaved(codes, codes + 5);
+    const Interleaved<Pair> want = interleaved(From::vector(codes), From::vector(codes + 5));
+    const Interleaved<Pair> got = From::interleaved(codes, codes + 5);
     check(same(got.first, want.first) && same(got.last, want.last), "two rows, interleaved");
     Vec<Pair> x[8], y[16];
     From::transposed(rows, 0, x);

@@ -52,6 +52,17 @@ void check_keys_dtype(const Tensor& q, const Tensor& k, const Tensor& v) {
   check_dtype(v, k.scalar_type(), "v");
 }
 
+// malloc maps anew whatever is larger: to touch its pages one by one takes a tenth of a prefill.
+void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t kLargestHeap = 32 << 20, kPage = 2 << 20;
+  if (bytes < kLargestHeap) return;
+  const int64_t begin = round_up(reinterpret_cast<int64_t>(memory), kPage);
+  const int64_t end = (reinterpret_cast<int64_t>(memory) + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only advice: it may fail
+#endif
+}
+
 }  // namespace
 
 int64_t element_size(ScalarType dtype) {
@@ -94,17 +105,6 @@ Scalars descales_of(const MaybeTensor& t, std::optional<int64_t> batch_size, int
             shape_of(*t));
   if (!of_all) check_shape(*t, {*batch_size, nheads_k}, name);
   return scalars_of(*t);
-}
-
-// malloc maps anew whatever is larger: to touch its pages one by one takes a tenth of a prefill.
-void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
-#if defined(__linux__)
-  constexpr int64_t kLargestHeap = 32 << 20, kPage = 2 << 20;
-  if (bytes < kLargestHeap) return;
-  const int64_t begin = round_up(reinterpret_cast<int64_t>(memory), kPage);
-  const int64_t end = (reinterpret_cast<int64_t>(memory) + bytes) / kPage * kPage;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only advice: it may fail
-#endif
 }
 
 Tensor empty(const std::vector<int64_t>& sizes, ScalarType dtype) {

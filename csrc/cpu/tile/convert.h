@@ -181,11 +181,13 @@ INLINE Vec<Pair> upper_halves(const __m512i& x, const __m512i& y) {
   return (Vec<Pair>)_mm512_permutex2var_epi16(x, _mm512_load_si512(upper.halves), y);
 }
 
-// Two rows of 32 bfloat16 as pairs of a column: those of the first 16 columns, and of the last.
+// Both vectors' numbers in turn. Of two rows of 32 bfloat16 these are pairs of a column: those of
+// the first 16 columns, and of the last.
+template <class U>
 struct Interleaved {
-  Vec<Pair> first, last;
+  Vec<U> first, last;
 };
-INLINE Interleaved interleaved(const Vec<Pair>& a, const Vec<Pair>& b) {
+INLINE Interleaved<Pair> interleaved(const Vec<Pair>& a, const Vec<Pair>& b) {
   // The unpacking instructions take the first and the second half of every 16 bytes.
   const __m512i halves = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   const __m512i x = _mm512_permutexvar_epi64(halves, (__m512i)a);
@@ -258,7 +260,7 @@ struct FromCodes {
   }
 
   // As interleaved(vector(a), vector(b)).
-  INLINE static Interleaved interleaved(const char* a, const char* b) {
+  INLINE static Interleaved<Pair> interleaved(const char* a, const char* b) {
     static constexpr auto places = byte_places(
         [](int quarter, int i) { return (i % 2) * 64 + (i / 8) * 16 + 4 * quarter + i / 2 % 4; });
     const Bytes x = Format::bytes(
@@ -464,16 +466,12 @@ INLINE Vec<Pair> pair_up(const Vec<float>& first, const Vec<float>& second) {
 }
 
 INLINE void interleave(const Vec<Pair>& a, const Vec<Pair>& b, Pair* to) {
-  const Interleaved pairs = interleaved(a, b);
+  const Interleaved<Pair> pairs = interleaved(a, b);
   store(to, pairs.first);
   store(to + 16, pairs.last);
 }
 
-// Both vectors' numbers in turn.
-struct InterleavedFloats {
-  Vec<float> first, last;
-};
-INLINE InterleavedFloats interleaved(const Vec<float>& a, const Vec<float>& b) {
+INLINE Interleaved<float> interleaved(const Vec<float>& a, const Vec<float>& b) {
   const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512i last = _mm512_add_epi32(first, _mm512_set1_epi32(8));
   return {_mm512_permutex2var_ps(a, first, b), _mm512_permutex2var_ps(a, last, b)};

@@ -26,7 +26,7 @@ struct Ahead {
 
   INLINE void operator()() {
     for (const char* const* to = end - row < step ? end : row + step; row < to; ++row)
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(*row + offset + i, 0, 2);
+      prefetch<2>(*row + offset, bytes);
   }
 };
 
@@ -201,7 +201,7 @@ struct FewRows {
         for (int i = 0; i < C; ++i) sums[r][i] = vec(out + r * state.ld + i * kLanes<T>);
       for (int64_t j = 0; j < kStep / 2; ++j) {
         const char *const x = keys.at[2 * j] + offset, *const y = keys.at[2 * j + 1] + offset;
-        Interleaved v[C / 2];
+        Interleaved<Pair> v[C / 2];
         for (int i = 0; i < C / 2; ++i) {
           const int64_t at = i * From::kElements * From::kBytes;
           if constexpr (kOfCodes<From>)

@@ -54,9 +54,11 @@ struct KeyRows {
   }
 };
 
-// Asks for a row that no hardware does, since the one before lies on another page.
+// Asks for a row that no hardware does, since the one before lies on another page: into all caches,
+// or (2) all but the nearest.
+template <int Near = 3>
 INLINE void prefetch(const char* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, Near);
 }
 
 constexpr char kZeros[kMaxHeadDim * 8] = {};

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import index
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -77,14 +77,6 @@ def _packed_offsets(seqused_k: Tensor, q: Tensor, cu_seqlens_q: Tensor | None, k
     """cu_seqlens_k of sequences that lie back to back in k, from how long each is."""
     checks.packed_lengths(seqused_k, q, cu_seqlens_q, k)
     return F.pad(seqused_k.cumsum(0, dtype=torch.int32), (1, 0))
-
-
-def _results(op: Any, arguments: tuple[object, ...], out: Tensor | None) -> tuple[Tensor, Tensor]:
-    """out, in the caller's tensor if there is one, and softmax_lse."""
-    if out is not None:
-        return out, direct.call(op.out, op.out, arguments, out=out)
-    results: tuple[Tensor, Tensor] = direct.call(op, op.default, arguments)
-    return results
 
 
 def _one_of(**names: Tensor | None) -> Tensor:
@@ -161,28 +153,31 @@ def flash_attn_func(
     if torch.compiler.is_compiling():
         softmax_scale, softcap = checks.constants(softmax_scale, softcap)
     q, k, v, qv = cast_training(q, k, v, qv)
-    checks.attention(
-        q,
-        k,
-        v,
-        qv=qv,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        softmax_scale=softmax_scale,
-        window_size=window,
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        num_splits=num_splits,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-    )
     arguments = (
         q, k, v, softmax_scale, causal, qv, q_descale, k_descale, v_descale, window,
         attention_chunk, softcap, num_splits, pack_gqa, deterministic, sm_margin,
         alibi_slopes, sinks,
     )  # fmt: skip
-    out, softmax_lse = direct.call(ops.flash_attn_func, ops.flash_attn_func.default, arguments)
+    out, softmax_lse = direct.call(
+        ops.flash_attn_func,
+        lambda: checks.attention(
+            q,
+            k,
+            v,
+            qv=qv,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            softmax_scale=softmax_scale,
+            window_size=window,
+            attention_chunk=attention_chunk,
+            softcap=softcap,
+            num_splits=num_splits,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+        ),
+        arguments,
+    )
     return (out, softmax_lse) if returns_lse else out
 
 
@@ -258,33 +253,37 @@ def flash_attn_varlen_func(
         if cu_seqlens_k is None and seqused_k is not None and k.dim() == 3:
             cu_seqlens_k, seqused_k = _packed_offsets(seqused_k, q, cu_seqlens_q, k), None
             max_seqlen_k = k.shape[0] if max_seqlen_k is None else max_seqlen_k
-    checks.attention(
-        q,
-        k,
-        v,
-        qv=qv,
-        cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k,
-        seqused_q=seqused_q,
-        seqused_k=seqused_k,
-        page_table=page_table,
-        q_descale=q_descale,
-        k_descale=k_descale,
-        v_descale=v_descale,
-        softmax_scale=softmax_scale,
-        window_size=window,
-        attention_chunk=attention_chunk,
-        softcap=softcap,
-        num_splits=num_splits,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        out=out,
-        scheduler_metadata=scheduler_metadata,
-    )
+
+    def check() -> None:
+        checks.attention(
+            q,
+            k,
+            v,
+            qv=qv,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            seqused_q=seqused_q,
+            seqused_k=seqused_k,
+            page_table=page_table,
+            q_descale=q_descale,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            softmax_scale=softmax_scale,
+            window_size=window,
+            attention_chunk=attention_chunk,
+            softcap=softcap,
+            num_splits=num_splits,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            out=out,
+            scheduler_metadata=scheduler_metadata,
+        )
+
     if page_table is not None:
-        if max_seqlen_k is not None or deterministic is not False:  # which no operator gets
+        as_usual = max_seqlen_k is None or (type(max_seqlen_k) is int and 0 <= max_seqlen_k < 2**63)
+        if not as_usual or deterministic is not False:
             check_kind(max_seqlen_k, int | None, "max_seqlen_k")
             check_kind(deterministic, bool, "deterministic")
         arguments: tuple[object, ...] = (
@@ -301,7 +300,12 @@ def flash_attn_varlen_func(
             alibi_slopes, sinks,
         )  # fmt: skip
     op = ops.flash_attn_varlen_func if page_table is None else ops.flash_attn_kvcache
-    out, softmax_lse = _results(op, arguments, out)
+    if (scheduler_metadata if page_table is None else cu_seqlens_k) is not None:
+        check()  # of what these operators do not get
+    if out is None:
+        out, softmax_lse = direct.call(op, check, arguments)
+    else:
+        softmax_lse = direct.call(op.out, check, arguments, out)
     return (out, softmax_lse) if returns_lse else out
 
 
@@ -452,8 +456,10 @@ def flash_attn_with_kvcache(
         window_size, attention_chunk, softcap, num_splits, splits=0
     )
     if isinstance(cache_seqlens, _INTS):
-        batch = q.shape[:1] if cu_seqlens_q is None else (cu_seqlens_q.shape[0] - 1,)
-        cache_seqlens = torch.full(batch, cache_seqlens, dtype=torch.int32, device=k_cache.device)
+        batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+        cache_seqlens = torch.full(
+            (batch,), cache_seqlens, dtype=torch.int32, device=k_cache.device
+        )
     if torch.compiler.is_compiling():
         softmax_scale, softcap = checks.constants(softmax_scale, softcap)
     if k_cache.dim() == 3 and page_table is None:
@@ -498,8 +504,9 @@ def flash_attn_with_kvcache(
             results = ops.flash_attn_with_kvcache(*arguments)
         out, softmax_lse = results
     else:
-        op, into = ops.flash_attn_with_kvcache.out, composite.flash_attn_with_kvcache_out
-        softmax_lse = direct.call(op, into, arguments, out=out)
+        softmax_lse = composite.directly(arguments, out)
+        if softmax_lse is None:
+            softmax_lse = ops.flash_attn_with_kvcache.out(*arguments, out=out)
     return (out, softmax_lse) if return_softmax_lse else out
 
 
@@ -533,10 +540,8 @@ def kvcache_scatter_(
     Raises ValueError before anything is written where a slot is behind the end of the cache; on a
     device whose tensors the host would have to wait for, such a slot is skipped.
     """
-    checks.scatter(k, v, k_cache, v_cache, slot_mapping, k_descale, v_descale)
-    op = ops.kvcache_scatter_
     arguments = (k, v, k_cache, v_cache, slot_mapping, k_descale, v_descale)
-    direct.call(op, op.default, arguments)
+    direct.call(ops.kvcache_scatter_, lambda: checks.scatter(*arguments), arguments)
 
 
 @names_arguments
@@ -560,8 +565,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     which does not promise this (a FallbackWarning).
     """
     x, weight, bias = cast_training(x, weight, bias)
-    checks.linear(x, weight, bias)
-    out: Tensor = direct.call(ops.linear, ops.linear.default, (x, weight, bias))
+    arguments = (x, weight, bias)
+    out: Tensor = direct.call(ops.linear, lambda: checks.linear(*arguments), arguments)
     return out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fa3_ops
-from fa3_ops.ops import composite, direct
-from fa3_ops.ops.errors import as_value_errors
+from fa3_ops.ops import checks, direct
 from fa3_ops.ops.schema import signature
 
 ops = torch.ops.fa3npu
@@ -96,14 +97,15 @@ class DispatchMode(TorchDispatchMode):
 def ways(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Whether each call inside took the short way."""
     taken: list[bool] = []
-    ask = direct.only_the_kernel_sees
+    ask = direct.plain
 
-    def spy(*arguments: Any) -> bool:
-        taken.append(ask(*arguments))
-        return taken[-1]
+    def spy(*arguments: Any) -> Any:
+        found = ask(*arguments)
+        taken.append(found is not None)
+        return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(direct, "only_the_kernel_sees", spy)
+        patch.setattr(direct, "plain", spy)
         yield taken
 
 
@@ -283,8 +285,7 @@ def test_what_it_leaves_out() -> None:
     """Autograd's kernels, and the composite."""
     excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
     autograd = torch._C.DispatchKey.AutogradOther  # stands for all of them
-    call = tuple(dense().values())
-    assert direct.call(ops.flash_attn_func, lambda *_: excluded(autograd), (*call, *DEFAULTS))
+    assert direct.take(lambda: excluded(autograd), ())
     assert not excluded(autograd)
 
     def operators(function: Any, inputs: dict[str, Any]) -> set[str]:
@@ -297,62 +298,138 @@ def test_what_it_leaves_out() -> None:
     assert operators(fa3_ops.flash_attn_with_kvcache, append()) == attend | appended
 
 
-def strided(x: Tensor) -> Tensor:
-    return x.mT.contiguous().mT
+def scatter(**changes: Any) -> dict[str, Any]:
+    cache = {"k_cache": rand(4, 4, 2, 16), "v_cache": rand(4, 4, 2, 16)}
+    return {
+        "k": rand(3, 2, 16),
+        "v": rand(3, 2, 16),
+        **cache,
+        "slot_mapping": ints(9, -1, 2),
+    } | changes
 
 
-# Of a decode that is right but for these.
-FAULTS: list[dict[str, Any]] = [
-    {},
-    *({name: rand(2, 8, 2, 16).to(torch.int32)} for name in ("q", "k_cache", "v_cache")),
-    *({name: rand(2, 8, 2, 16).half()} for name in ("k_cache", "v_cache")),
-    *({name: rand(2, 8, 2, 8)} for name in ("k_cache", "v_cache")),
-    *({name: rand(3, 8, 2, 16)} for name in ("k_cache", "v_cache")),
-    *({name: rand(2, 8, 16)} for name in ("q", "k_cache", "v_cache")),
-    *({name: torch.tensor(1.0)} for name in ("q", "k_cache", "v_cache", "cache_seqlens")),
-    *({name: strided(rand(2, 8, 2, 16))} for name in ("k_cache", "v_cache")),
-    *({name: rand(2, 8, 2, 16).to("meta")} for name in ("q", "k_cache", "v_cache")),
-    *({name: rand(2, 8, 2, 16).to_sparse()} for name in ("q", "k_cache", "v_cache")),
-    {"q": rand(2, 1, 3, 16)},
-    {"q": rand(2, 1, 4, 0), "k_cache": rand(2, 8, 2, 0), "v_cache": rand(2, 8, 2, 0)},
-    {"q": rand(2, 1, 4, 520), "k_cache": rand(2, 8, 2, 520), "v_cache": rand(2, 8, 2, 520)},
-    *({"cache_seqlens": x} for x in (ints(5), ints(5, 9), ints(-1, 2), ints(5, 2).long())),
-    {"cache_seqlens": ints(5, 2).to("meta")},
-    *({"page_table": x} for x in (ints(0, 1), ints(0, 1, 1, 0, 1, 1).view(3, 2), ints(5, 2))),
-    *({"page_table": ints(0, 1).view(2, 1).to(x)} for x in (torch.int64, "meta")),
-    *({"page_table": ints(n, 1).view(2, 1)} for n in (0, 2, -1)),
-    {"page_table": ints(0, 1, 2, 3).view(2, 2)[:, ::2]},
-    *({"softmax_scale": x} for x in (0.5, 2, float("nan"))),
-    *({"window_size": x} for x in ((2, 0), (1,), (2**70, 0), (-(2**70), 0))),
-    *({"attention_chunk": x} for x in (3, -1, 2**70)),
-    *({"softcap": x} for x in (5.0, -1.0, float("inf"))),
-    *({"num_splits": x} for x in (2, -5)),
-    *({"v": rand(2)}, {"rotary_cos": rand(2)}, {"cu_seqlens_k_new": ints(0)}, {"qv": rand(2)}),
-    *({"rotary_seqlens": x} for x in (rand(2), ints(1), ints(1, 1))),
-    *({"scheduler_metadata": x} for x in (rand(2), ints(1, 1))),
-    *({"k_descale": x} for x in (rand(2), rand(2).to("meta"))),
-    *({"max_seqlen_q": 3}, {"pack_gqa": True}, {"sm_margin": 2}, {"causal": True}),
-    *({name: rand(2)} for name in ("alibi_slopes", "sinks", "seqused_q", "cache_start")),
-]
+def narrow_scatter() -> dict[str, Any]:
+    cache = {name: rand(4, 4, 2, 16).to(torch.float8_e5m2) for name in ("k_cache", "v_cache")}
+    return scatter(**cache, k_descale=rand(2).abs(), v_descale=rand(2).abs())
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: ", ".join(fault))
-def test_a_plain_decode_is_refused_like_any_other(fault: dict[str, Any]) -> None:
-    """Though only the kernel checks it."""
-    schema = signature(ops.flash_attn_with_kvcache.default)
-    given = cached(1) | {"window_size": (-1, -1)} | fault
-    arguments = [given.get(name, schema.defaults.get(name)) for name in schema.names]
+# Besides CALLS, those that write without attending, and one that needs only numbers.
+CHECKED: dict[str, tuple[Callable[..., Any], Callable[..., dict[str, Any]]]] = {
+    **{name: call[:2] for name, call in CALLS.items()},
+    "paged out": (
+        fa3_ops.flash_attn_varlen_func,
+        lambda: paged_varlen() | {"out": torch.empty(7, 4, 16)},
+    ),
+    "operator": (ops.flash_attn_with_kvcache, decode),
+    "scatter": (fa3_ops.kvcache_scatter_, scatter),
+    "narrow scatter": (fa3_ops.kvcache_scatter_, narrow_scatter),
+    "linear": (fa3_ops.linear, lambda: {"x": rand(3, 4), "weight": rand(5, 4), "bias": rand(5)}),
+}
+NUMBERS = (None, True, 1, 2, -1, -5, 2**70, 0.5, float("nan"), float("inf"), "x")
+WINDOWS = ((2, 0), (1,), (2**70, 0), (-(2**70), 0), None)
 
-    def shortly(*arguments: Any) -> Any:
-        return composite.directly(arguments)
 
-    def outcome(function: Callable[..., Any]) -> Any:
+def other_tensors(x: Tensor) -> list[Tensor]:
+    """What differs from x in one respect."""
+    rows = x.unsqueeze(-1) if x.dim() < 2 else x
+    return [
+        *(x.to(dtype) for dtype in (torch.int32, torch.int64, torch.float16, torch.float64)),
+        *(x.to(torch.float8_e5m2), x.to("meta")),
+        torch.sparse_coo_tensor(size=x.shape, dtype=x.dtype),
+        *(x[None], x[..., None], x[:0], x[..., :0], x[:-1], x[..., :-1], torch.tensor(1.0)),
+        *(torch.cat([x, x]), torch.cat([x, x], -1), torch.cat([x] * 40, -1)),
+        *((x + 1, x - 9) if x.dtype is torch.int32 else ()),
+        *(torch._neg_view(x), rows.mT.contiguous().mT, x[:1].expand(x.shape)),
+        x.clone().as_subclass(Subclass),
+    ]
+
+
+SOME = (rand(2), rand(4), ints(1), ints(1, 1), ints(0, 1, 1), ints(0, 1, 1, 0).view(2, 2))
+
+
+def faults(function: Any, given: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every argument, each time as something else, most of which is wrong."""
+    op = getattr(function, "default", None)
+    names = signature(op).names if op else inspect.signature(function).parameters
+    for name in names:
+        x = given.get(name)
+        tensors = SOME if x is None else other_tensors(x) if isinstance(x, Tensor) else ()
+        for other in (*tensors, *NUMBERS, *WINDOWS):
+            yield name, other
+
+
+@pytest.mark.parametrize(("function", "inputs"), CHECKED.values(), ids=CHECKED.keys())
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_only_the_kernel_checks_is_refused_like_anything_else(
+    function: Any, inputs: Any
+) -> None:
+    def outcome(call: dict[str, Any], mode: Any) -> Any:
+        """The results or the error, and what became of the arguments."""
+        call = {name: x.clone() if is_plain(x) else x for name, x in call.items()}
+        before = {name: x.clone() for name, x in call.items() if is_plain(x)}
         try:
-            return [x.tolist() for x in as_value_errors(function)(*arguments)]
-        except Exception as error:
-            return type(error), str(error)
+            with mode():
+                results = function(**call)
+            error = None
+        except Exception as raised:
+            text = re.sub(r"\.0\b", "", str(raised))  # an operator makes a float of an int
+            results, error = None, (type(raised), text)
+        after = [call[name] for name in before]
+        assert not error or same(after, [*before.values()]), f"written before {error}"
+        return results, error, after
 
-    assert outcome(shortly) == outcome(composite.flash_attn_with_kvcache)
+    right = inputs()
+    for name, other in faults(function, right):
+        call = right | {name: other}
+        assert same(outcome(call, nullcontext), outcome(call, DispatchMode)), (name, other)
+
+
+@pytest.mark.parametrize("headdim", [0, 520])
+def test_heads_that_only_the_kernel_of_a_scatter_sees(headdim: int) -> None:
+    call = {n: rand(*x.shape[:-1], headdim) for n, x in scatter().items() if n != "slot_mapping"}
+    with pytest.raises(ValueError, match=rf"headdim must be in \[1, 512\], got {headdim}"):
+        fa3_ops.kvcache_scatter_(**scatter(**call))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_backend_that_was_asked_for_gets_what_was_checked(backend: str) -> None:
+    for inputs in (decode, lambda: decode(out=torch.empty(2, 1, 4, 16))):
+        with fa3_ops.use_backend(backend), pytest.raises(TypeError, match="k_cache must have dty"):
+            fa3_ops.flash_attn_with_kvcache(**inputs() | {"k_cache": rand(2, 8, 2, 16).half()})
+    cache = rand(4, 4, 2, 16).half()
+    with fa3_ops.use_backend(backend), pytest.raises(TypeError, match="v_cache must have dtype"):
+        fa3_ops.kvcache_scatter_(**scatter(v_cache=cache))
+
+
+@pytest.mark.parametrize("name", [name for name in CHECKED if name != "append"])
+def test_what_the_kernel_checks_is_checked_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, inputs = CHECKED[name]
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("is checked")
+
+    for check in ("attention", "append", "scatter", "linear"):
+        monkeypatch.setattr(checks, check, refuse)
+    function(**inputs())
+    if "flash_attn" in str(function):
+        with pytest.raises(AssertionError, match="is checked"):
+            function(**inputs(), sinks=rand(4))
+
+
+def is_plain(x: object) -> bool:
+    return type(x) is Tensor and x.layout is torch.strided and x.is_contiguous() and not x.is_neg()
+
+
+def same(a: Any, b: Any) -> bool:
+    """To the last bit."""
+    if isinstance(a, tuple | list):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    if not isinstance(a, Tensor):
+        return bool(a == b)
+    if a.device.type == "meta":
+        return a.shape == b.shape and a.dtype is b.dtype
+    as_bytes = [x.contiguous().flatten().view(torch.uint8).tolist() for x in (a, b)]
+    return a.dtype is b.dtype and a.shape == b.shape and as_bytes[0] == as_bytes[1]
 
 
 def test_an_append_is_refused_before_it_writes() -> None:
@@ -403,11 +480,11 @@ q = torch.randn(1, 2, 2, 16)
 want = fa3_ops.flash_attn_func(q, q, q)
 arguments = (q, q, q, {", ".join(map(repr, DEFAULTS))})
 op = torch.ops.fa3npu.flash_attn_func
-assert direct.only_the_kernel_sees(op, arguments)
+assert direct.plain(op, arguments)
 delattr(torch._C, {name!r})
 importlib.reload(direct)
-assert not direct.only_the_kernel_sees(op, arguments)
+assert not direct.plain(op, arguments)
 with torch.inference_mode():  # which needs nothing of it
-    assert torch.equal(direct.call(op, None, arguments)[0], want)
+    assert torch.equal(direct.call(op, bool, arguments)[0], want)
 """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -119,6 +119,11 @@ def release() -> None:
         _interceptors -= 1
 
 
+def is_intercepting() -> bool:
+    """Whether calls on devices with compiled kernels may be served by others."""
+    return _interceptors > 0
+
+
 def _choosing_kernel(op: Any) -> Callable[..., Any]:
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         below = keyset.remove(torch._C.DispatchKey.BackendSelect)

@@ -192,7 +192,7 @@ def softmax(
     if softmax_scale is not None and not math.isfinite(softmax_scale):
         raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
     if len(window_size) != 2:
-        raise ValueError(f"window_size must be (left, right), got {window_size}")
+        raise ValueError(f"window_size must be (left, right), got {tuple(window_size)}")
     if attention_chunk < 0:
         raise ValueError(f"attention_chunk must be at least 0, got {attention_chunk}")
     if not (math.isfinite(softcap) and softcap >= 0):

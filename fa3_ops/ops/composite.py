@@ -8,7 +8,7 @@ pure operator that reads it, whose order the schemas declare.
 from __future__ import annotations
 
 import functools
-from operator import is_, itemgetter
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -229,71 +229,40 @@ def _knows_all(seen: list[Repeated | None], arguments: tuple[Any, ...]) -> bool:
 _kept: Kept[_Steps] = Kept()
 
 
-MASKS = ("window_size", "attention_chunk", "softcap")
-# All that a plain decode gives. How it would rotate does not matter to it.
-PLAIN = (
-    *("q", "k_cache", "v_cache", "cache_seqlens", "page_table"),
-    *("softmax_scale", "rotary_interleaved", "causal", *MASKS),
-)
+# What a call without new keys leaves None, and how it would rotate them.
+APPENDED = ("k", "v", "rotary_cos", "rotary_sin", "cu_seqlens_k_new", "rotary_seqlens")
+NOTHING = (*(type(None),) * len(APPENDED), bool)
 
 
 @functools.cache
-def _plain() -> tuple[Any, Any, list[Any], Any]:
-    """Of every argument: those that a plain decode gives, the others, which it leaves at these
-    defaults, and the arguments of flash_attn_kvcache up to MASKS."""
-    s, reads = signature(_op()), signature(ops.flash_attn_kvcache.default).names
-    others = [name for name in s.names if name not in PLAIN]
-    parts = (PLAIN, others, reads[: reads.index(MASKS[-1]) + 1])
-    given, rest, read = [itemgetter(*map(s.names.index, names)) for names in parts]
-    return given, rest, [s.defaults[name] for name in others], read
+def _parts() -> tuple[Any, Any]:
+    """Of every argument: what an append gets alone, and the arguments of flash_attn_kvcache."""
+    names, reads = signature(_op()).names, signature(ops.flash_attn_kvcache.default).names
+    appended = (*APPENDED, "rotary_interleaved")
+    return itemgetter(*map(names.index, appended)), itemgetter(*map(names.index, reads))
 
 
-@functools.cache
-def _attend() -> Any:
-    """flash_attn_kvcache, if possible without the function in Python that PyTorch puts around."""
-    op = ops.flash_attn_kvcache.default
-    return getattr(op, "_op", op)
-
-
-def _checked_by_the_kernel(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_seqlens: Tensor | None,
-    page_table: Tensor | None,
-) -> bool:
-    """Whether the kernel of a plain decode, which writes no cache, refuses all that would be
-    refused here: on CPU."""
-    return (
-        (q.is_cpu and k_cache.is_cpu and v_cache.is_cpu)
-        and (cache_seqlens is None or cache_seqlens.is_cpu)
-        and (page_table is None or page_table.is_cpu)
-        and k_cache.stride()[-1:] == v_cache.stride()[-1:] == (1,)
-    )
-
-
-def directly(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor] | None:
+def directly(arguments: tuple[Any, ...], out: Tensor | None = None) -> Any:
     """flash_attn_with_kvcache of every argument, or None where others than kernels see the call."""
     if torch.compiler.is_compiling():
         return None
-    plain, others, defaults, read = _plain()
-    is_plain = all(map(is_, others(arguments), defaults))
-    given, names = (plain(arguments), PLAIN) if is_plain else (arguments, None)
-    if not direct.only_the_kernel_sees(ops.flash_attn_with_kvcache, given, names):
-        return None
-    results: tuple[Tensor, Tensor]
-    if is_plain and _checked_by_the_kernel(*given[:5]):
+    overload = "default" if out is None else "out"
+    appended, read = _parts()
+    if tuple(map(type, appended(arguments))) != NOTHING:
+        op = getattr(ops.flash_attn_with_kvcache, overload)
+        if direct.plain(op, arguments, out) is None:
+            return None
+    else:
         reads = read(arguments)
-        if given[-3:] == ((-1, -1), 0, 0.0):
-            reads = reads[:-3]  # PyTorch fills in defaults faster than it converts what is given
-        try:
-            results = direct.take(_attend(), reads)
-        except (RuntimeError, ValueError, TypeError):
-            pass  # is found again below, by the name that the caller knows
-        else:
-            return results
-    results = direct.take(repeating, arguments)
-    return results
+        found = direct.plain(getattr(ops.flash_attn_kvcache, overload), reads, out)
+        if found is None:
+            return None
+        k_cache, v_cache = reads[1:3]  # of any strides to that kernel, which would copy them
+        if k_cache.stride()[-1:] == v_cache.stride()[-1:] == (1,):
+            results = direct.unchecked(*found, reads, out)
+            if results is not NotImplemented:
+                return results
+    return direct.take(repeating if out is None else flash_attn_with_kvcache_out, arguments, out)
 
 
 def repeating(*arguments: Any) -> tuple[Tensor, Tensor]:

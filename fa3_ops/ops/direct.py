@@ -3,6 +3,8 @@
 PyTorch's dispatcher takes some 7 microseconds to hand 30 arguments to a composite body in Python,
 and as many again to ask an autograd kernel in Python, which finds that no gradient is wanted:
 together as much as the shortest attention. A call that only the kernel would see takes neither way.
+Nor is it checked in Python, if its kernel refuses all that would be refused there, as those on CPU
+do: only once it has, the checks find the words.
 
 What tells such a call is private to PyTorch. A version that lacks a part of it gets every call the
 ordinary way.
@@ -12,14 +14,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from fa3_ops.ops.schema import signature
+from fa3_ops.backends import dispatch
+from fa3_ops.ops.schema import every, signature
 
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 _TYPES = {
@@ -56,44 +61,115 @@ except (ImportError, AttributeError):
     pass
 
 
+# What the kernels on CPU take of any dtype, or do not read.
+_UNCHECKED = frozenset({"alibi_slopes", "sinks", "scheduler_metadata"})
+# Without the second of these the first is refused, by no kernel.
+_NEEDED = {"cu_seqlens_q": "max_seqlen_q", "cu_seqlens_k": "max_seqlen_k"}
+_is_cpu = attrgetter("is_cpu")
+
+
+class Kind(NamedTuple):
+    """What the types of a call's arguments say about it."""
+
+    run: Callable[..., Any]  # the overload without the function in Python that PyTorch puts around
+    tensors: Callable[[tuple[object, ...]], tuple[Tensor, ...]]
+    checked: bool  # the kernel on CPU checks all but num_splits
+    num_splits: int | None  # where it is, None in operators of no attention
+    window_size: int  # where it is
+    settings: Callable[[tuple[object, ...]], tuple[object, ...]]  # it and what follows, but those
+    defaults: tuple[object, ...]  # of the settings
+
+
 @functools.lru_cache
-def _as_declared(op: Any, names: tuple[str, ...] | None, types: tuple[type, ...]) -> bool:
-    """Whether arguments have the types of the schema: no subclass, symbol or mistake."""
-    s = signature(getattr(op, "default", op))
-    declared = dict(zip(s.names, s.types, strict=True))
-    return all(t in _TYPES[declared[n]] for n, t in zip(names or s.names, types, strict=True))
-
-
-def only_the_kernel_sees(
-    op: Any, arguments: tuple[object, ...], names: tuple[str, ...] | None = None
-) -> bool:
-    """Whether nothing between caller and kernel traces, watches, casts or differentiates. names:
-    those of the arguments, if all others are at their defaults."""
-    return (
-        bool(_BARE)
-        and not is_compiling()
-        and _dispatch_tls_local_include_set().raw_repr() in _BARE
-        and not _is_torch_function_mode_enabled()
-        and not _is_any_autocast_enabled()
-        and _as_declared(op, names, tuple(map(type, arguments)))
-        # autograd.is_watched, written out
-        and forward_ad._current_level < 0
-        and not (torch.is_grad_enabled() and _any_requires_grad(*arguments))
+def _kind(op: Any, types: tuple[type, ...]) -> Kind | None:
+    """None if a type is not that of the schema: a subclass, a symbol or a mistake."""
+    overload = getattr(op, "default", op)
+    s = signature(overload)
+    if any(t not in _TYPES[declared] for t, declared in zip(types, s.types, strict=True)):
+        return None
+    given = {name for name, t in zip(s.names, types, strict=True) if t is not type(None)}
+    attends = "num_splits" in s.names
+    first = s.names.index("window_size") if attends else 0
+    others = [i for i in range(first, len(types)) if s.names[i] not in ("num_splits", "out")]
+    settings = itemgetter(*others)
+    return Kind(
+        run=getattr(overload, "_op", overload),
+        tensors=itemgetter(*(i for i, t in enumerate(types) if t in _TENSORS)),
+        checked=not given & _UNCHECKED and all(_NEEDED.get(n, n) in given for n in given),
+        num_splits=s.names.index("num_splits") if attends else None,
+        settings=settings,
+        window_size=first,
+        defaults=settings(every(overload, types[:first])),
     )
 
 
-def call(
-    op: Any, shortcut: Callable[..., Any], arguments: tuple[object, ...], **out: Tensor
+def plain(
+    op: Any, arguments: tuple[object, ...], out: Tensor | None = None
+) -> tuple[Kind, tuple[Tensor, ...]] | None:
+    """The kind and the tensors of a call that nothing between caller and kernel traces, watches,
+    casts or differentiates."""
+    if (
+        not _BARE
+        or is_compiling()
+        or _dispatch_tls_local_include_set().raw_repr() not in _BARE
+        or _is_torch_function_mode_enabled()
+        or _is_any_autocast_enabled()
+        or forward_ad._current_level >= 0  # autograd.is_watched, written out
+    ):
+        return None
+    if out is not None:
+        arguments = (*arguments, out)
+    kind = _kind(op, tuple(map(type, arguments)))
+    if kind is None:
+        return None
+    tensors = kind.tensors(arguments)
+    return None if torch.is_grad_enabled() and _any_requires_grad(*tensors) else (kind, tensors)
+
+
+def unchecked(
+    kind: Kind, tensors: tuple[Tensor, ...], arguments: tuple[Any, ...], out: Tensor | None = None
 ) -> Any:
-    """op(*arguments, **out), or shortcut(*arguments, **out), what it comes to in the end."""
-    if not only_the_kernel_sees(op, (*arguments, *out.values()) if out else arguments):
-        return op(*arguments, **out)
-    return take(shortcut, arguments, **out)
+    """The results, or NotImplemented where the kernel does not check all, or refuses something."""
+    if not kind.checked or dispatch.is_intercepting() or not all(map(_is_cpu, tensors)):
+        return NotImplemented
+    if kind.num_splits is not None:
+        if not -1 <= arguments[kind.num_splits] < 2**63:
+            return NotImplemented
+        if (
+            kind.settings(arguments) == kind.defaults
+        ):  # PyTorch fills them in faster than it converts
+            arguments = arguments[: kind.window_size]
+    try:
+        return take(kind.run, arguments, out)
+    except (RuntimeError, ValueError, TypeError):
+        return NotImplemented
 
 
-def take(shortcut: Callable[..., Any], arguments: tuple[object, ...], **out: Tensor) -> Any:
+def call(
+    op: Any,
+    check: Callable[[], object],
+    arguments: tuple[object, ...],
+    out: Tensor | None = None,
+) -> Any:
+    """op(*arguments), or op(*arguments, out=out), after check()."""
+    found = plain(op, arguments, out)
+    if found is None:
+        check()
+        return op(*arguments) if out is None else op(*arguments, out=out)
+    results = unchecked(*found, arguments, out)
+    if results is NotImplemented:
+        check()
+        results = take(found[0].run, arguments, out)
+    return results
+
+
+def take(
+    shortcut: Callable[..., Any], arguments: tuple[object, ...], out: Tensor | None = None
+) -> Any:
     """The short way, without asking whether it may be taken."""
+    if out is not None:
+        shortcut = partial(shortcut, out=out)
     if torch.is_inference_mode_enabled():  # is below autograd
-        return shortcut(*arguments, **out)
+        return shortcut(*arguments)
     with _AutoDispatchBelowAutograd():
-        return shortcut(*arguments, **out)
+        return shortcut(*arguments)

@@ -47,11 +47,12 @@ void CacheWrite::check_pair(const Tensor& x, const Tensor& cache, const char* na
   FA3_CHECK(cache.scalar_type() == k_cache_.scalar_type(), name,
             "_cache must have the dtype of k_cache");
   check_distinct_elements(cache, (std::string(name) + "_cache").c_str());
+  FA3_CHECK(cache.size(2) > 0 && cache.size(3) > 0 && cache.size(3) <= kMaxHeadDim, name,
+            "_cache must have heads, of 1 to ", kMaxHeadDim, " elements, got ", shape_of(cache));
   FA3_CHECK(x.dim() == dim && x.size(-2) == cache.size(2) && x.size(-1) == cache.size(3), name,
             " must have the batch, nheads_k and headdim of the call, got ", shape_of(x));
   const ScalarType dtype = x.scalar_type();
-  const bool narrows =
-      is_narrow(cache.scalar_type()) && is_wide(dtype) && x.size(-1) <= kMaxHeadDim;
+  const bool narrows = is_narrow(cache.scalar_type()) && is_wide(dtype);
   FA3_CHECK(dtype == cache.scalar_type() || narrows, name, " must have the dtype of its cache",
             is_narrow(cache.scalar_type()) ? ", float16, bfloat16 or float32" : "", ", got ",
             torch::headeronly::toString(dtype));

@@ -29,6 +29,8 @@ void kvcache_scatter_(Tensor k, Tensor v, Tensor k_cache, Tensor v_cache, Tensor
                       MaybeTensor k_descale, MaybeTensor v_descale) {
   CacheWrite caches(k, v, k_cache, v_cache, 3);
   caches.set_descales(k_descale, v_descale, std::nullopt);
+  descales_of(k_descale, std::nullopt, k_cache.size(2), "k_descale");  // though nothing is narrowed
+  descales_of(v_descale, std::nullopt, k_cache.size(2), "v_descale");
   FA3_CHECK(slot_mapping.dim() == 1 && slot_mapping.size(0) <= k.size(0),
             "slot_mapping must have a slot for each of the ", k.size(0),
             " rows of k, or for the first of them, got ", shape_of(slot_mapping));

@@ -161,23 +161,12 @@ def flash_attn_func(
     out, softmax_lse = direct.call(
         ops.flash_attn_func,
         lambda: checks.attention(
-            q,
-            k,
-            v,
-            qv=qv,
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
-            softmax_scale=softmax_scale,
-            window_size=window,
-            attention_chunk=attention_chunk,
-            softcap=softcap,
-            num_splits=num_splits,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
+            q, k, v, qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+            softmax_scale=softmax_scale, window_size=window, attention_chunk=attention_chunk,
+            softcap=softcap, num_splits=num_splits, alibi_slopes=alibi_slopes, sinks=sinks,
         ),
         arguments,
-    )
+    )  # fmt: skip
     return (out, softmax_lse) if returns_lse else out
 
 
@@ -256,30 +245,13 @@ def flash_attn_varlen_func(
 
     def check() -> None:
         checks.attention(
-            q,
-            k,
-            v,
-            qv=qv,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
-            seqused_q=seqused_q,
-            seqused_k=seqused_k,
-            page_table=page_table,
-            q_descale=q_descale,
-            k_descale=k_descale,
-            v_descale=v_descale,
-            softmax_scale=softmax_scale,
-            window_size=window,
-            attention_chunk=attention_chunk,
-            softcap=softcap,
-            num_splits=num_splits,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            out=out,
-            scheduler_metadata=scheduler_metadata,
-        )
+            q, k, v, qv=qv, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_q=seqused_q,
+            seqused_k=seqused_k, page_table=page_table, q_descale=q_descale, k_descale=k_descale,
+            v_descale=v_descale, softmax_scale=softmax_scale, window_size=window,
+            attention_chunk=attention_chunk, softcap=softcap, num_splits=num_splits,
+            alibi_slopes=alibi_slopes, sinks=sinks, out=out, scheduler_metadata=scheduler_metadata,
+        )  # fmt: skip
 
     if page_table is not None:
         as_usual = max_seqlen_k is None or (type(max_seqlen_k) is int and 0 <= max_seqlen_k < 2**63)
@@ -498,15 +470,12 @@ def flash_attn_with_kvcache(
         attention_chunk, softcap, rotary_interleaved, scheduler_metadata, num_splits, pack_gqa,
         sm_margin, alibi_slopes, sinks, seqused_q, cache_start,
     )  # fmt: skip
+    op = ops.flash_attn_with_kvcache
+    results = composite.directly(arguments, out)
     if out is None:
-        results = composite.directly(arguments)
-        if results is None:
-            results = ops.flash_attn_with_kvcache(*arguments)
-        out, softmax_lse = results
+        out, softmax_lse = op(*arguments) if results is None else results
     else:
-        softmax_lse = composite.directly(arguments, out)
-        if softmax_lse is None:
-            softmax_lse = ops.flash_attn_with_kvcache.out(*arguments, out=out)
+        softmax_lse = op.out(*arguments, out=out) if results is None else results
     return (out, softmax_lse) if return_softmax_lse else out
 
 

@@ -18,15 +18,25 @@ namespace fa3npu::FA3NPU_ISA {
 
 constexpr int64_t kStep = 32;
 
-// Asks for rows of keys ahead of their use, `step` at a time.
+// Asks for rows of keys ahead of their use: some lines at each of the calls over which they are
+// spread, as a processor drops what is asked for in one go, or waits for it.
 struct Ahead {
   const char* const* row;
   const char* const* end;
-  int64_t offset, bytes, step;
+  int64_t offset, bytes;  // of each row
+  int64_t at = 0, lines = 0;
 
+  INLINE Ahead over(int64_t calls) const {
+    Ahead spread = *this;
+    spread.lines = ((end - row) * ((bytes + 63) / 64) + calls - 1) / calls;
+    return spread;
+  }
   INLINE void operator()() {
-    for (const char* const* to = end - row < step ? end : row + step; row < to; ++row)
-      prefetch<2>(*row + offset, bytes);
+    for (int64_t n = 0; n < lines && row < end; ++n) {
+      __builtin_prefetch(*row + offset + at, 0, 2);
+      at += 64;
+      if (at >= bytes) at = 0, ++row;
+    }
   }
 };
 
@@ -115,21 +125,21 @@ struct FewRows {
     product_tiles<kStep / 16, 1>(q.ld, k.load(keys, q.a.k, q.head_k, q.a.headdim, false), columns,
                                  kFewRows, by_key, kFewRows, false, late);
     late.store_all();
+    ahead = ahead.over(kStep / kFewRows);
     for (int64_t i = 0; i < kStep; i += kFewRows) {
       ahead();
       transpose<T>([&](int64_t key) { return vec(by_key + (i + key) * kFewRows); }, scores + j + i,
                    kKeyBlock);
     }
 #else
-    ahead();
-    ahead();
     const auto in_registers = [&](auto reader) INLINE_LAMBDA {
       with_constant<kRowsInRegisters>(q.rows, [&](auto rows) {
-        scores_in_registers<decltype(reader), decltype(rows)::value>(keys, scores + j);
+        scores_in_registers<decltype(reader), decltype(rows)::value>(keys, scores + j, ahead);
       });
     };
     if (k.width == k.ld && q.rows <= kRowsInRegisters && with_reader<U>(q.a.k.dtype, in_registers))
       return;
+    ahead.over(1)();
     k.load(keys, q.a.k, q.head_k);
     q.scores(0, q.rows, kStep, k, k, scores + j);  // there is no qv
 #endif
@@ -142,8 +152,11 @@ struct FewRows {
   // The same sums in the same order, without a transposed copy of the keys in memory. Two squares
   // of keys take turns where there is room, so that no sum is waited for.
   template <class From, int R>
-  void scores_in_registers(const KeyRows& keys, T* to) const {
+  void scores_in_registers(const KeyRows& keys, T* to, Ahead ahead) const {
     constexpr int L = kLanes<U>;
+    constexpr int kCalls = 4;  // a square
+    ahead =
+        ahead.over(kStep / L * (round_up(q.a.headdim, From::kElements) / From::kElements) * kCalls);
     const char* from[kStep];
     const int64_t head = q.head_k * q.a.k.head;
     for (int64_t i = 0; i < keys.count; ++i) from[i] = keys.at[i] + head;
@@ -159,9 +172,11 @@ struct FewRows {
       }
       const U* const left = q.q + c / kDepth<U>;
 #pragma GCC unroll 16
-      for (int i = 0; i < L; ++i)
+      for (int i = 0; i < L; ++i) {
+        if (i % (L / kCalls) == 0) ahead();
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) add_products(left + r * q.ld + i, x[i], sums[r]);
+      }
       __asm__ volatile("" ::: "memory");  // the next square is not loaded yet: there is no room
     };
     const auto finish = [&](int64_t j, const Vec<T>* sums) INLINE_LAMBDA {
@@ -190,8 +205,9 @@ struct FewRows {
 #if FA3NPU_BFLOAT16 && !FA3NPU_AMX
   // out += P V of a whole step of keys, without a copy of them as Pairs.
   template <class From, int R>
-  void values_in_registers(const KeyRows& keys, const Left<U>& left) const {
+  void values_in_registers(const KeyRows& keys, const Left<U>& left, Ahead ahead) const {
     const Rows& cache = q.a.v;
+    ahead = ahead.over(kStep / 2 * ((q.a.headdim_v + 63) / 64));
     const auto add = [&](int64_t c, auto vectors) INLINE_LAMBDA {
       constexpr int C = decltype(vectors)::value;  // of sums
       const int64_t offset = q.head_k * cache.head + c * From::kBytes;
@@ -200,6 +216,7 @@ struct FewRows {
       for (int r = 0; r < R; ++r)
         for (int i = 0; i < C; ++i) sums[r][i] = vec(out + r * state.ld + i * kLanes<T>);
       for (int64_t j = 0; j < kStep / 2; ++j) {
+        ahead();
         const char *const x = keys.at[2 * j] + offset, *const y = keys.at[2 * j + 1] + offset;
         Interleaved<Pair> v[C / 2];
         for (int i = 0; i < C / 2; ++i) {
@@ -237,6 +254,7 @@ struct FewRows {
   bool add_values_in_place(const TilesOfRows& v, const Left<U>& left, T* sums, Ahead ahead) const {
     constexpr int64_t L = kLanes<U>, kRows = 8;
     const int64_t per_tile = tile_rows(q.rows) * L;
+    ahead = ahead.over((q.rows + kRows - 1) / kRows * (state.ld / L));
     T* to = sums;
     for (int64_t begin = 0; begin < q.rows; begin += kRows) {
       alignas(64) U weights[2][2 * kRows][L] = {};
@@ -300,11 +318,11 @@ struct FewRows {
     if constexpr (kDepth<U> == 1) {
       const bool in_place = whole && keys.even;
       const auto multiply = [&](auto reader) {
+        Ahead spread = ahead.over(kStep * ((v.width + 63) / 64));
         for (int64_t i = 0; i < kStep; i += 16) {
-          ahead();
           product_from<decltype(reader), U>(q.rows, v.width, 16, {left.at + i, p_ld, 1},
                                             keys.at[i] + q.head_k * cache.head, cache.row,
-                                            state.out, state.ld, true);
+                                            state.out, state.ld, true, spread);
         }
       };
       if (in_place && with_reader<U>(cache.dtype, multiply)) return;
@@ -312,21 +330,17 @@ struct FewRows {
 #if FA3NPU_BFLOAT16
     const auto in_registers = [&](auto reader) INLINE_LAMBDA {
       with_constant<kRowsInRegisters>(q.rows, [&](auto rows) {
-        values_in_registers<decltype(reader), decltype(rows)::value>(keys, left);
+        values_in_registers<decltype(reader), decltype(rows)::value>(keys, left, ahead);
       });
     };
-    if (whole && q.rows <= kRowsInRegisters) {
-      ahead();
-      ahead();
-      if (with_reader<U>(cache.dtype, in_registers)) return;
-    }
+    if (whole && q.rows <= kRowsInRegisters && with_reader<U>(cache.dtype, in_registers)) return;
 #endif
 #endif
+    ahead.over(1)();
     v.load(keys, cache, q.head_k);
-    add_product<U>(
-        q.rows, v.ld, kStep / kDepth<U>, left, v.rows, state.out, state.ld,
-        all_see || v.finite(keys.count), v.spare,
-        [&](int64_t r, int64_t key) { return q.sees(r, block + j + key); }, ahead);
+    add_product<U>(q.rows, v.ld, kStep / kDepth<U>, left, v.rows, state.out, state.ld,
+                   all_see || v.finite(keys.count), v.spare,
+                   [&](int64_t r, int64_t key) { return q.sees(r, block + j + key); });
   }
 };
 
@@ -353,38 +367,53 @@ void forward_few(const Attention& a, const RowTile* tiles, int64_t count, int64_
   const QueryTile<U>& q = heads->q;  // who sees what is the same for all
   const int64_t last = least(q.s->k_len, visible(a, tiles[0]).end);
   const int64_t end = least((chunk + 1) * kChunk, last);
-  // work(head, its keys, j, what comes next) for the steps of a block
-  const auto steps = [&](const Rows& cache, int64_t block, int64_t columns, int64_t width,
-                         int64_t calls, const auto& work) INLINE_LAMBDA {
-    const auto rows_of = [&](int64_t j) {
-      return KeyRows(a, cache, *q.s, block + j, clamp(last - block - j, 0, kStep));
-    };
-    KeyRows next = rows_of(0);
+  const auto seen_from = [&](int64_t block) {
+    while (block < end && !q.any_sees(block, 0, q.rows)) block += kKeyBlock;
+    return block;
+  };
+  struct Part {
+    const Rows& cache;
+    int64_t width;
+  };
+  const Part k{a.k, a.headdim}, v{a.v, a.headdim_v};
+  const auto rows_of = [&](const Part& part, int64_t key) {
+    return KeyRows(a, part.cache, *q.s, key, clamp(last - key, 0, kStep));
+  };
+  // How far ahead memory is asked for: a whole step, or where its loads are near as it is, a head.
+  const int64_t heads_ahead = FA3NPU_AMX ? 1 : count;
+  KeyRows keys, next = rows_of(k, seen_from(chunk * kChunk));
+  // work(head, j, what to ask for) for the steps of a block; `then` those of another
+  const auto steps = [&](const Part& part, int64_t block, int64_t columns, const Part& then_part,
+                         int64_t then, const auto& work) INLINE_LAMBDA {
     for (int64_t j = 0; j < columns; j += kStep) {
-      const KeyRows keys = next;
-      next = rows_of(j + kStep);
+      const bool ends = j + kStep >= columns;
+      const Part& next_part = ends ? then_part : part;
+      keys = next;
+      next = rows_of(next_part, ends ? then : block + j + kStep);
       for (int64_t i = 0; i < count; ++i) {
-        const bool wraps = i + 1 == count;
-        const KeyRows& then = wraps ? next : keys;
-        work(heads[i], keys, j,
-             Ahead{then.at, then.at + then.count, tiles[wraps ? 0 : i + 1].head_k * cache.head,
-                   width * cache.element, (kStep + calls - 1) / calls});
+        const bool wraps = i + heads_ahead >= count;
+        const KeyRows& rows = wraps ? next : keys;
+        const Part& of = wraps ? next_part : part;
+        const int64_t head_k = tiles[(i + heads_ahead) % count].head_k;
+        work(heads[i], j,
+             Ahead{rows.at, rows.at + rows.count, head_k * of.cache.head,
+                   of.width * of.cache.element});
       }
     }
   };
-  for (int64_t block = chunk * kChunk; block < end; block += kKeyBlock) {
-    if (!q.any_sees(block, 0, q.rows)) continue;
+  for (int64_t block = seen_from(chunk * kChunk), then; block < end; block = then) {
+    then = seen_from(block + kKeyBlock);
     const int64_t columns = q.columns_of(block, 0, q.rows);
     {
       const ProductState product_state;
-      steps(a.k, block, columns, a.headdim, kStep / 16,
-            [&](const FewRows<U>& head, const KeyRows& keys, int64_t j, Ahead ahead)
+      steps(k, block, columns, v, block,
+            [&](const FewRows<U>& head, int64_t j, Ahead ahead)
                 INLINE_LAMBDA { head.take_scores(keys, j, own.k, ahead); });
     }
     for (int64_t i = 0; i < count; ++i) heads[i].take_softmax(block, columns);
     const ProductState product_state(FewRows<U>::tile_rows(q.rows));
-    steps(a.v, block, columns, a.headdim_v, FA3NPU_AMX ? (a.headdim_v + 15) / 16 : kStep / 16,
-          [&](const FewRows<U>& head, const KeyRows& keys, int64_t j, Ahead ahead)
+    steps(v, block, columns, k, then,
+          [&](const FewRows<U>& head, int64_t j, Ahead ahead)
               INLINE_LAMBDA { head.add_values(keys, block, j, own.v, own.k, ahead); });
   }
 }

@@ -54,11 +54,9 @@ struct KeyRows {
   }
 };
 
-// Asks for a row that no hardware does, since the one before lies on another page: into all caches,
-// or (2) all but the nearest.
-template <int Near = 3>
+// Asks for a row that no hardware does, since the one before lies on another page.
 INLINE void prefetch(const char* row, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i, 0, Near);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
 }
 
 constexpr char kZeros[kMaxHeadDim * 8] = {};

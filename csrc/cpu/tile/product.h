@@ -167,9 +167,9 @@ struct ProductState {
 };
 
 // B as From::vector reads it, rows b_bytes apart.
-template <class U, class From, int R, int C>
+template <class U, class From, int R, int C, class F>
 INLINE void product_block(int64_t depth, const Left<U>& a, const char* b, int64_t b_bytes,
-                          Sum<U>* c, int64_t ldc, bool accumulate) {
+                          Sum<U>* c, int64_t ldc, bool accumulate, F& between) {
   typedef Sum<U> T;
   constexpr int64_t kBytes = From::kElements * From::kBytes;  // of a vector
   Vec<T> acc[R][C];
@@ -177,6 +177,7 @@ INLINE void product_block(int64_t depth, const Left<U>& a, const char* b, int64_
     for (int i = 0; i < C; ++i)
       acc[r][i] = accumulate ? vec(c + r * ldc + i * kLanes<T>) : Vec<T>{};
   for (int64_t k = 0; k < depth; ++k) {
+    between();
     Vec<U> x[C];
     for (int i = 0; i < C; ++i) x[i] = From::vector(b + k * b_bytes + i * kBytes);
     for (int r = 0; r < R; ++r)
@@ -187,28 +188,28 @@ INLINE void product_block(int64_t depth, const Left<U>& a, const char* b, int64_
     for (int i = 0; i < C; ++i) store(c + r * ldc + i * kLanes<T>, acc[r][i]);
 }
 
-template <class U, class From, int R>
+template <class U, class From, int R, class F>
 INLINE void product_rows(int64_t columns, int64_t depth, const Left<U>& a, const char* b,
-                         int64_t b_bytes, Sum<U>* c, int64_t ldc, bool accumulate) {
+                         int64_t b_bytes, Sum<U>* c, int64_t ldc, bool accumulate, F& between) {
   int64_t n = 0;
   const auto take = [&](auto vectors) {  // as many as fit, so that sums of them run side by side
     constexpr int C = decltype(vectors)::value;
     for (; n + C * kLanes<U> <= columns; n += C * kLanes<U>)
       product_block<U, From, R, C>(depth, a, b + n * From::kBytes * kDepth<U>, b_bytes, c + n, ldc,
-                                   accumulate);
+                                   accumulate, between);
   };
   take(std::integral_constant<int, FA3NPU_VECTORS>());
   if constexpr (FA3NPU_VECTORS > 2) take(std::integral_constant<int, 2>());
   take(std::integral_constant<int, 1>());
 }
 
-template <class From, class U>
+template <class From, class U, class F = Nothing>
 void product_from(int64_t rows, int64_t columns, int64_t depth, const Left<U>& a, const char* b,
-                  int64_t b_bytes, Sum<U>* c, int64_t ldc, bool accumulate) {
+                  int64_t b_bytes, Sum<U>* c, int64_t ldc, bool accumulate, F&& between = F()) {
   int64_t r = 0;
   const auto next = [&](auto n) {  // together, so that B is read once
     product_rows<U, From, decltype(n)::value>(columns, depth, a.from_row(r), b, b_bytes,
-                                              c + r * ldc, ldc, accumulate);
+                                              c + r * ldc, ldc, accumulate, between);
   };
   for (; r + FA3NPU_ROWS <= rows; r += FA3NPU_ROWS)
     next(std::integral_constant<int, FA3NPU_ROWS>());

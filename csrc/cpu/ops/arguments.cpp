@@ -52,11 +52,12 @@ void check_keys_dtype(const Tensor& q, const Tensor& k, const Tensor& v) {
   check_dtype(v, k.scalar_type(), "v");
 }
 
-// malloc maps anew whatever is larger: to touch its pages one by one takes a tenth of a prefill.
+// Of large results, which malloc often maps anew: to touch their pages one by one takes up to a
+// tenth of a prefill.
 void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__)
-  constexpr int64_t kLargestHeap = 32 << 20, kPage = 2 << 20;
-  if (bytes < kLargestHeap) return;
+  constexpr int64_t kPage = 2 << 20;
+  if (bytes < 2 * kPage) return;
   const int64_t begin = round_up(reinterpret_cast<int64_t>(memory), kPage);
   const int64_t end = (reinterpret_cast<int64_t>(memory) + bytes) / kPage * kPage;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only advice: it may fail
@@ -447,7 +448,7 @@ std::tuple<Tensor, Tensor, Tensor> AttentionCall::backward(const Tensor& dout_, 
     a.dsoftmax_lse = lse_view(*dsoftmax_lse);
   }
   const auto gradient_of = [](const Tensor& t, bool covered) {
-    Tensor gradient = torch::stable::new_empty(t, t.sizes());
+    Tensor gradient = empty({t.sizes().begin(), t.sizes().end()}, t.scalar_type());
     if (!covered) torch::stable::zero_(gradient);
     return gradient;
   };

@@ -89,8 +89,12 @@ struct GradientTile {
     q.worth = {};  // beside softmax_lse logits are natural
     q.worth.scale = quiet(T(a.softmax_scale));
     const Sequence& s = *q.s;
+    constexpr int64_t kAhead = 8;
     for (int64_t r = 0; r < q.rows; ++r) {
       const int64_t i = s.q_begin + q.position[r], head = q.head(r);
+      if (r + kAhead < q.rows)
+        prefetch(a.dout.at(s.q_batch, s.q_begin + q.position[r + kAhead], q.head(r + kAhead)),
+                 a.headdim_v * a.dout.element);
       q.load_q(a.dout, q.position[r], head, a.headdim_v, q.ld_v, 1, dout + r * q.ld_v);
       lse[r] = quiet(a.softmax_lse.at(s.q_batch, i, head));
       delta[r] = quiet(*reinterpret_cast<const T*>(a.delta.at(s.q_batch, i, head)));
@@ -109,9 +113,10 @@ struct GradientTile {
         fill<T>(p, columns, T(0));
         fill<T>(ds, columns, T(0));
       } else if (q.sees_all(r, block) && q.a.softcap <= 0 && q.slope[r] == 0) {
-        const T scale = q.worth.scale, row_lse = lse[r], row_delta = delta[r];
+        const Worth<T> worth = q.worth;  // which stores might change, for all the compiler knows
+        const T scale = worth.scale, row_lse = lse[r], row_delta = delta[r];
         for (int64_t lane = 0; lane < columns; lane += kLanes<T>) {
-          const Vec<T> y = exp_(vec(p + lane) * scale - row_lse);
+          const Vec<T> y = worth.template exp<U>(vec(p + lane) * scale - row_lse);
           store(p + lane, y);
           store(ds + lane, y * (vec(ds + lane) - row_delta) * scale);
         }
@@ -126,7 +131,7 @@ struct GradientTile {
       Vec<T> capped;
       const Vec<T> x = q.logits(r, block, lane, vec(p + lane), &capped);
       const auto masked = x == -T(kInf);  // not even a NaN of the row reaches a masked key
-      const Vec<T> y = masked ? Vec<T>{} : exp_(x - lse[r]);
+      const Vec<T> y = masked ? Vec<T>{} : q.worth.template exp<U>(x - lse[r]);
       Vec<T> gradient = y * (vec(ds + lane) - delta[r]) * T(q.a.softmax_scale);
       if (q.a.softcap > 0) {
         capped /= T(q.a.softcap);
@@ -138,18 +143,32 @@ struct GradientTile {
   }
 };
 
-// dS of some rows as the left side of a product summed over keys; `narrowed` is for Pairs.
+// dS of a tile of rows as the left side of a product summed over the keys of some blocks, which
+// loads and stores its sums once for all of them: of Pairs, narrowed.
 template <class U>
-Left<U> over_keys(int64_t rows, const Sum<U>* ds, U* narrowed) {
-  if constexpr (kDepth<U> == 1) {
-    return {ds, kKeyBlock, 1};
-  } else {
-    constexpr int64_t L = kLanes<Sum<U>>;
-    for (int64_t i = 0; i < rows * kKeyBlock; i += 2 * L)
-      narrow(vec(ds + i), vec(ds + i + L), narrowed + i / kDepth<U>);
-    return {narrowed, kKeyBlock / kDepth<U>, 1};
+struct OverKeys {
+  typedef Sum<U> T;
+  static constexpr int64_t kBlocks = kDepth<U> == 1 ? 1 : 256 / kKeyBlock;
+  static constexpr int64_t kWidth = kKeyBlock / kDepth<U>, ld = kBlocks * kWidth;
+  U* narrowed;  // [row][ld]
+
+  OverKeys(int64_t rows, Arena& arena)
+      : narrowed(kDepth<U> == 1 ? nullptr : arena.take<U>(rows * ld)) {}
+
+  void take(int64_t begin, int64_t rows, int64_t block, const T* ds) const {
+    if constexpr (kDepth<U> == 2)
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t j = 0; j < kWidth; j += kLanes<U>, ds += 2 * kLanes<U>)
+          narrow(vec(ds), vec(ds + kLanes<U>), narrowed + (begin + r) * ld + block * kWidth + j);
   }
-}
+
+  Left<U> left(int64_t from, const T* ds) const {
+    if constexpr (kDepth<U> == 1)
+      return {ds + from * kKeyBlock, kKeyBlock, 1};
+    else
+      return {narrowed + from * ld, ld, 1};
+  }
+};
 
 // P or dS of a tile of rows, group by group, as the left side of a product summed over rows: of
 // Pairs, a transpose.
@@ -219,6 +238,7 @@ struct RowPanel {
 };
 
 static_assert(kKeyTileUnit % kKeyBlock == 0);
+constexpr int64_t kRowStep = 32;  // rows that a transpose of Pairs and a step of tiles take whole
 
 template <class U>
 int64_t dq_bytes(const Attention& a) {  // a row tile's, [row][padded headdim]
@@ -232,10 +252,11 @@ struct KeyGradients {
 
   struct Block {
     KeyTile<U> k, v;
-    T *dk, *dv;  // [kKeyBlock][k.ld], [kKeyBlock][v.ld]
+    T *dk, *dv;        // [kKeyBlock][k.ld], [kKeyBlock][v.ld]
+    int64_t from = 0;  // rows before it see nothing of the block
     bool finite = false;
     Block(const Attention& a, Arena& arena)
-        : k(a.headdim, true, true, arena), v(a.headdim_v, false, true, arena) {
+        : k(a.headdim, false, true, arena), v(a.headdim_v, false, true, arena) {
       dk = arena.take<T>(kKeyBlock * k.ld);
       dv = arena.take<T>(kKeyBlock * v.ld);
     }
@@ -243,6 +264,8 @@ struct KeyGradients {
 
   const Attention& a;
   Block* blocks;
+  U *k_rows, *spare;  // the rows of K of all blocks, and a copy of some
+  OverKeys<U> ds_over_keys;
   OverRows<U> p, ds;
   GradientTile<U> rows;
   RowPanel<U> q, dout;
@@ -250,11 +273,17 @@ struct KeyGradients {
   KeyGradients(const Attention& a, Arena& arena)
       : a(a),
         blocks(arena.make<Block>(kKeyTile / kKeyBlock, a)),
+        k_rows(arena.take<U>(kKeyTile / kDepth<U> * padded<U>(a.headdim))),
+        spare(arena.take<U>(OverKeys<U>::ld * padded<U>(a.headdim))),
+        ds_over_keys(a.row_capacity(), arena),
         p(a.row_capacity(), arena),
         ds(a.row_capacity(), arena),
         rows(a, arena),
         q(rows.q.ld, a.row_capacity(), arena),
-        dout(rows.q.ld_v, a.row_capacity(), arena) {}
+        dout(rows.q.ld_v, a.row_capacity(), arena) {
+    for (int64_t i = 0; blocks && i < kKeyTile / kKeyBlock; ++i)
+      blocks[i].k.rows = k_rows + i * OverKeys<U>::kWidth * blocks[i].k.ld;
+  }
 
   // work(block, its first key, their number)
   template <class Work>
@@ -286,28 +315,38 @@ struct KeyGradients {
     T* const dq = reinterpret_cast<T*>(task.dq.part(tile, bytes).at);
     task.wait(tile);
     if (task.first <= seen.begin) __builtin_memset(dq, 0, bytes);
-    each_block(task, [&](const Block& b, int64_t key, int64_t keys) {
-      if (rows.q.any_sees(key, 0, t.rows)) add_block(b, key, keys, dq);
+    const Block* first = nullptr;  // of those whose dS wait for dq
+    int64_t first_key = 0, waiting = 0, columns = 0;
+    const auto add_waiting = [&] {
+      if (waiting > 0) add_dq(first, first_key, waiting, columns, dq);
+      waiting = 0;
+    };
+    each_block(task, [&](Block& b, int64_t key, int64_t keys) {
+      if (!rows.q.any_sees(key, 0, t.rows)) return;
+      if (waiting == 0) first = &b, first_key = key;
+      columns = waiting * kKeyBlock + round_up(keys, 32);
+      add_block(b, key, keys, waiting);
+      if (++waiting == OverKeys<U>::kBlocks) add_waiting();
     });
+    add_waiting();
     if (seen.end <= task.end) store_dq(dq);
     task.done(tile);
   }
 
-  // The rows' part of dq, and the block's of dk and dv.
-  void add_block(const Block& b, int64_t key, int64_t keys, T* dq) {
+  // The block's dk and dv; its dS are the `waiting`th for dq.
+  void add_block(Block& b, int64_t key, int64_t keys, int64_t waiting) {
     const QueryTile<U>& r = rows.q;
-    const int64_t columns = round_up(keys, 32), ld = b.k.ld;
-    int64_t from = 0;  // rows before it see nothing of the block
-    while (!r.any_sees(key, from, least(kRowGroup<U>, r.rows - from))) from += kRowGroup<U>;
+    const int64_t columns = round_up(keys, 32);
+    int64_t from = 0;
+    while (!r.any_sees(key, from, least(kRowStep, r.rows - from))) from += kRowStep;
+    b.from = from;
     for (int64_t begin = from; begin < r.rows; begin += kRowGroup<U>) {
       const int64_t count = least(kRowGroup<U>, r.rows - begin);
       T *group_p = p.group(begin), *group_ds = ds.group(begin);
       rows.differentiate(begin, count, key, columns, b.k, b.v, group_p, group_ds);
       p.take(begin, count);
       ds.take(begin, count);
-      const Left<U> left = over_keys<U>(count, group_ds, reinterpret_cast<U*>(group_p));
-      add_product<U>(count, ld, units<U>(columns), left, b.k.rows, dq + begin * ld, ld, b.finite,
-                     b.k.spare, [&](int64_t i, int64_t j) { return r.sees(begin + i, key + j); });
+      ds_over_keys.take(begin, count, waiting, group_ds);
     }
     const auto sees = [&](int64_t j, int64_t i) {
       return from + i < r.rows && r.sees(from + i, key + j);
@@ -318,6 +357,22 @@ struct KeyGradients {
     };
     add(p, dout, b.dv, b.v.ld);
     add(ds, q, b.dk, b.k.ld);
+  }
+
+  // What the rows' dS of `count` blocks from b add to dq. Later rows see later keys.
+  void add_dq(const Block* b, int64_t key, int64_t count, int64_t columns, T* dq) const {
+    const QueryTile<U>& r = rows.q;
+    const int64_t ld = b->k.ld;
+    bool finite = true;
+    for (int64_t i = 0; i < count; ++i) {
+      finite &= b[i].finite;
+      const int64_t from = b[i].from, end = i + 1 < count ? b[i + 1].from : r.rows;
+      if (from == end) continue;
+      const int64_t depth = i + 1 < count ? (i + 1) * OverKeys<U>::kWidth : units<U>(columns);
+      add_product<U>(end - from, ld, depth, ds_over_keys.left(from, ds.values), b->k.rows,
+                     dq + from * ld, ld, finite, spare,
+                     [&](int64_t row, int64_t j) { return r.sees(from + row, key + j); });
+    }
   }
 
   void store_dq(const T* dq) const {

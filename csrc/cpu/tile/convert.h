@@ -399,12 +399,25 @@ void load_row(const char* from, ScalarType dtype, int64_t n, U* to) {
   }
 }
 
+#if FA3NPU_AVX512
+INLINE Halves bfloat16s(const Vec<float>& x) {  // as float_to_bfloat16
+  const Vec<Pair> bits = (Vec<Pair>)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return __builtin_convertvector((x == x ? rounded : Vec<Pair>{} + 0x7fc00000) >> 16, Halves);
+}
+#endif
+
 template <class T>
 void store_row(const T* from, T scale, ScalarType dtype, int64_t n, char* to) {
   uint16_t* half = reinterpret_cast<uint16_t*>(to);
   int64_t i = 0;
   switch (dtype) {
     case ScalarType::BFloat16:
+#if FA3NPU_AVX512
+      if constexpr (sizeof(T) == 4)
+        for (; i + 16 <= n; i += 16)
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(half + i),
+                              (__m256i)bfloat16s(vec(from + i) * scale));
+#endif
       for (; i < n; ++i) half[i] = float_to_bfloat16(float(from[i] * scale));
       break;
     case ScalarType::Half:

@@ -1,6 +1,6 @@
-// The kernels' own checks. They are the last line: fa3_ops/checks.py has the user's messages for
-// what can be told from shapes; what needs values is told here and becomes a ValueError in
-// fa3_ops/errors.py.
+// The kernels' own checks. A plain call meets no others: what fa3_ops/ops/checks.py refuses, which
+// has the user's messages for what can be told from shapes, must be refused here, before anything
+// is written. What needs values is told here and becomes a ValueError in fa3_ops/ops/errors.py.
 
 #pragma once
 

@@ -135,9 +135,8 @@ def unchecked(
     if kind.num_splits is not None:
         if not -1 <= arguments[kind.num_splits] < 2**63:
             return NotImplemented
-        if (
-            kind.settings(arguments) == kind.defaults
-        ):  # PyTorch fills them in faster than it converts
+        # PyTorch fills in defaults faster than it converts what is given.
+        if kind.settings(arguments) == kind.defaults:
             arguments = arguments[: kind.window_size]
     try:
         return take(kind.run, arguments, out)

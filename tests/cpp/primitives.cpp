@@ -150,35 +150,6 @@ void check_doubles(const char* name, double range, const F& f, const Want& want)
   }
 }
 
-void test_exp() {
-  const auto exp = [](const Vec<float>& x) { return exp_(x); };
-  check_ulps("exp", kFused ? 0.9 : 1.2, -87.33654f, 88.0f, exp,
-             [](double x) { return std::exp(x); });
-  const float below = std::nextafter(-87.33654f, -kInf);
-  check_cases("exp", exp, [&](float x) { return exp(splat(x))[0]; },
-              {{0, 1},
-               {-0.0f, 1},
-               {FLT_MIN, 1},
-               {-1e-42f, 1},
-               {-kInf, 0},
-               {below, 0},
-               {-87.5f, 0},
-               {-100.0f, 0},
-               {-500.0f, 0},
-               {-1e9f, 0},
-               {-FLT_MAX, 0},
-               {89.0f, kInf},
-               {500.0f, kInf},
-               {1e9f, kInf},
-               {FLT_MAX, kInf},
-               {kInf, kInf},
-               {nan_, nan_},
-               {-nan_, nan_}});
-  check_doubles(
-      "exp", 700, [](const Vec<double>& x) { return exp_(x); },
-      [](double x) { return std::exp(x); });
-}
-
 template <class U>
 void test_exp2(const char* name, double bound) {
   const auto exp2 = [](const Vec<float>& x) { return exp2_<U>(x); };
@@ -731,7 +702,6 @@ int run() {
   std::puts(FA3NPU_NAME);
   test_roundings<float>();
   test_roundings<double>();
-  test_exp();
   test_exp2<float>("exp2", kFused ? 0.95 : 1.2);
   test_exp2<Pair>("exp2 of Pairs", 2.2);
   test_softcapped();

@@ -111,7 +111,7 @@ void attention_backward(const Attention& call) {
   const int64_t key_tile = choose_key_tile(heads, threads);
   const int64_t tile_bytes = kernels(a).dq_bytes(a);
   const Head* const end = heads.data() + heads.size();
-  thread_local GrowingMemory dq;  // kept between calls, as scratch memory is
+  GrowingMemory dq;
   for (Head *first = heads.data(), *last; first < end; first = last) {
     int64_t row_tiles = 0;
     const auto fits = [&] { return row_tiles * tile_bytes < threads * kWaveBytes; };

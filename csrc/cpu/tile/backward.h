@@ -143,30 +143,21 @@ struct GradientTile {
   }
 };
 
-// dS of a tile of rows as the left side of a product summed over the keys of some blocks, which
-// loads and stores its sums once for all of them: of Pairs, narrowed.
+// dS of Pairs, of a tile of rows and some blocks of keys, as the left side of one product, which
+// loads and stores its sums once for all of them.
 template <class U>
 struct OverKeys {
-  typedef Sum<U> T;
   static constexpr int64_t kBlocks = kDepth<U> == 1 ? 1 : 256 / kKeyBlock;
   static constexpr int64_t kWidth = kKeyBlock / kDepth<U>, ld = kBlocks * kWidth;
   U* narrowed;  // [row][ld]
 
   OverKeys(int64_t rows, Arena& arena)
-      : narrowed(kDepth<U> == 1 ? nullptr : arena.take<U>(rows * ld)) {}
+      : narrowed(kBlocks == 1 ? nullptr : arena.take<U>(rows * ld)) {}
 
-  void take(int64_t begin, int64_t rows, int64_t block, const T* ds) const {
-    if constexpr (kDepth<U> == 2)
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t j = 0; j < kWidth; j += kLanes<U>, ds += 2 * kLanes<U>)
-          narrow(vec(ds), vec(ds + kLanes<U>), narrowed + (begin + r) * ld + block * kWidth + j);
-  }
-
-  Left<U> left(int64_t from, const T* ds) const {
-    if constexpr (kDepth<U> == 1)
-      return {ds + from * kKeyBlock, kKeyBlock, 1};
-    else
-      return {narrowed + from * ld, ld, 1};
+  void take(int64_t begin, int64_t rows, int64_t block, const Sum<U>* ds) const {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < kWidth; j += kLanes<U>, ds += 2 * kLanes<U>)
+        narrow(vec(ds), vec(ds + kLanes<U>), narrowed + (begin + r) * ld + block * kWidth + j);
   }
 };
 
@@ -238,7 +229,8 @@ struct RowPanel {
 };
 
 static_assert(kKeyTileUnit % kKeyBlock == 0);
-constexpr int64_t kRowStep = 32;  // rows that a transpose of Pairs and a step of tiles take whole
+template <class U>  // rows that a transpose of Pairs and a step of tiles take whole
+constexpr int64_t kRowStep = kDepth<U> == 2 ? 32 : kRowGroup<U>;
 
 template <class U>
 int64_t dq_bytes(const Attention& a) {  // a row tile's, [row][padded headdim]
@@ -318,27 +310,27 @@ struct KeyGradients {
     const Block* first = nullptr;  // of those whose dS wait for dq
     int64_t first_key = 0, waiting = 0, columns = 0;
     const auto add_waiting = [&] {
-      if (waiting > 0) add_dq(first, first_key, waiting, columns, dq);
+      if (waiting > 0) add_dq_of(first, first_key, waiting, columns, dq);
       waiting = 0;
     };
     each_block(task, [&](Block& b, int64_t key, int64_t keys) {
       if (!rows.q.any_sees(key, 0, t.rows)) return;
       if (waiting == 0) first = &b, first_key = key;
       columns = waiting * kKeyBlock + round_up(keys, 32);
-      add_block(b, key, keys, waiting);
-      if (++waiting == OverKeys<U>::kBlocks) add_waiting();
+      add_block(b, key, keys, waiting, dq);
+      if (OverKeys<U>::kBlocks > 1 && ++waiting == OverKeys<U>::kBlocks) add_waiting();
     });
     add_waiting();
     if (seen.end <= task.end) store_dq(dq);
     task.done(tile);
   }
 
-  // The block's dk and dv; its dS are the `waiting`th for dq.
-  void add_block(Block& b, int64_t key, int64_t keys, int64_t waiting) {
+  // The block's dk and dv; its dS add to dq, or are the `waiting`th to do so.
+  void add_block(Block& b, int64_t key, int64_t keys, int64_t waiting, T* dq) {
     const QueryTile<U>& r = rows.q;
     const int64_t columns = round_up(keys, 32);
     int64_t from = 0;
-    while (!r.any_sees(key, from, least(kRowStep, r.rows - from))) from += kRowStep;
+    while (!r.any_sees(key, from, least(kRowStep<U>, r.rows - from))) from += kRowStep<U>;
     b.from = from;
     for (int64_t begin = from; begin < r.rows; begin += kRowGroup<U>) {
       const int64_t count = least(kRowGroup<U>, r.rows - begin);
@@ -346,7 +338,10 @@ struct KeyGradients {
       rows.differentiate(begin, count, key, columns, b.k, b.v, group_p, group_ds);
       p.take(begin, count);
       ds.take(begin, count);
-      ds_over_keys.take(begin, count, waiting, group_ds);
+      if constexpr (OverKeys<U>::kBlocks == 1)
+        add_dq(begin, count, {group_ds, kKeyBlock, 1}, b, key, columns, b.finite, dq);
+      else
+        ds_over_keys.take(begin, count, waiting, group_ds);
     }
     const auto sees = [&](int64_t j, int64_t i) {
       return from + i < r.rows && r.sees(from + i, key + j);
@@ -359,19 +354,24 @@ struct KeyGradients {
     add(ds, q, b.dk, b.k.ld);
   }
 
-  // What the rows' dS of `count` blocks from b add to dq. Later rows see later keys.
-  void add_dq(const Block* b, int64_t key, int64_t count, int64_t columns, T* dq) const {
-    const QueryTile<U>& r = rows.q;
-    const int64_t ld = b->k.ld;
+  void add_dq(int64_t from, int64_t count, const Left<U>& left, const Block& b, int64_t key,
+              int64_t columns, bool finite, T* dq) const {
+    add_product<U>(count, b.k.ld, units<U>(columns), left, b.k.rows, dq + from * b.k.ld, b.k.ld,
+                   finite, spare,
+                   [&](int64_t row, int64_t j) { return rows.q.sees(from + row, key + j); });
+  }
+
+  // Of `count` blocks from b. Later rows see later keys.
+  void add_dq_of(const Block* b, int64_t key, int64_t count, int64_t columns, T* dq) const {
     bool finite = true;
     for (int64_t i = 0; i < count; ++i) {
       finite &= b[i].finite;
-      const int64_t from = b[i].from, end = i + 1 < count ? b[i + 1].from : r.rows;
-      if (from == end) continue;
-      const int64_t depth = i + 1 < count ? (i + 1) * OverKeys<U>::kWidth : units<U>(columns);
-      add_product<U>(end - from, ld, depth, ds_over_keys.left(from, ds.values), b->k.rows,
-                     dq + from * ld, ld, finite, spare,
-                     [&](int64_t row, int64_t j) { return r.sees(from + row, key + j); });
+      const bool ends = i + 1 == count;
+      const int64_t from = b[i].from, end = ends ? rows.q.rows : b[i + 1].from;
+      if (from < end)
+        add_dq(from, end - from,
+               {ds_over_keys.narrowed + from * OverKeys<U>::ld, OverKeys<U>::ld, 1}, *b, key,
+               ends ? columns : (i + 1) * kKeyBlock, finite, dq);
     }
   }
 

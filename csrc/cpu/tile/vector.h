@@ -144,8 +144,7 @@ INLINE void add_products(const T* x, const Vec<T>& y, Vec<Sum<T>>& sum) {
   sum = multiply_add(splat(*x), y, sum);
 }
 
-// ---- exp: at most 1.2 ulp up to 88 (0.9 with FMA), exact at 0, 0 below the smallest normal; NaN
-// stays NaN ----
+// ---- exponentials ----
 
 // x = n log(2) + r, n whole and |r| <= 0.35, for -87.3 <= x <= 88.3
 struct Reduced {
@@ -172,35 +171,10 @@ INLINE Vec<float> exp_tail(const Vec<float>& r) {  // e^r = 1 + r + r^2 exp_tail
   return multiply_add(p, r, splat(5.0000001201e-1f));
 }
 
-INLINE Vec<float> exp_of_remainder(const Vec<float>& r) {
-  return multiply_add(multiply_add(exp_tail(r), r, splat(1.0f)), r, splat(1.0f));
-}
-
 INLINE Vec<float> power_of_2(const Vec<float>& n) {
   typedef typename Vector<float>::bits Bits;
   const Bits exponent = (__builtin_convertvector(n, Bits) + 127) << 23;
   return (Vec<float>)exponent;
-}
-
-INLINE Vec<float> exp_(const Vec<float>& x) {
-#if FA3NPU_AVX512
-  const Reduced e = reduced(x);
-  const Vec<float> y = exp_of_remainder(e.r);
-  const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.33654f), _CMP_NLT_UQ);
-  return _mm512_maskz_scalef_ps(normal, y, e.n);
-#else
-  const auto in_range = (x >= -87.33654f) & (x <= 88.37626f);
-  const Reduced e = reduced(in_range ? x : Vec<float>{});
-  const Vec<float> y = exp_of_remainder(e.r);
-  const Vec<float> outside = x > 0.0f ? Vec<float>{} + kInf : (x < 0.0f ? Vec<float>{} : x);
-  return in_range ? y * power_of_2(e.n) : outside;
-#endif
-}
-
-INLINE Vec<double> exp_(const Vec<double>& x) {
-  Vec<double> y;
-  for (int64_t i = 0; i < kLanes<double>; ++i) y[i] = std::exp(x[i]);
-  return y;
 }
 
 // 2^x: at most 1.2 ulp from -126 to 127.4 (0.95 with FMA; of Pairs, which are rounded, 2.2), exact

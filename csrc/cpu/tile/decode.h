@@ -154,7 +154,7 @@ struct FewRows {
   template <class From, int R>
   void scores_in_registers(const KeyRows& keys, T* to, Ahead ahead) const {
     constexpr int L = kLanes<U>;
-    constexpr int kCalls = 4;  // a square
+    constexpr int kCalls = L < 4 ? L : 4;  // a square
     ahead =
         ahead.over(kStep / L * (round_up(q.a.headdim, From::kElements) / From::kElements) * kCalls);
     const char* from[kStep];

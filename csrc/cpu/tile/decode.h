@@ -379,8 +379,11 @@ void forward_few(const Attention& a, const RowTile* tiles, int64_t count, int64_
   const auto rows_of = [&](const Part& part, int64_t key) {
     return KeyRows(a, part.cache, *q.s, key, clamp(last - key, 0, kStep));
   };
-  // How far ahead memory is asked for: a whole step, or where its loads are near as it is, a head.
-  const int64_t heads_ahead = FA3NPU_AMX ? 1 : count;
+  // How many heads ahead memory is asked for: a step, if it is not large, as near caches have other
+  // uses; or one, where steps are quick as they are.
+  constexpr int64_t kMostAhead = 128 << 10;  // bytes
+  const int64_t a_head = kStep * greater(k.width * a.k.element, v.width * a.v.element);
+  const int64_t heads_ahead = FA3NPU_AMX ? 1 : clamp(kMostAhead / a_head, 1, count);
   KeyRows keys, next = rows_of(k, seen_from(chunk * kChunk));
   // work(head, j, what to ask for) for the steps of a block; `then` those of another
   const auto steps = [&](const Part& part, int64_t block, int64_t columns, const Part& then_part,

@@ -226,6 +226,14 @@ def test_fake_tensors_outside_their_mode(monkeypatch: pytest.MonkeyPatch) -> Non
     assert out.shape == (2, 1, 4, 16)
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype.*")
+def test_a_nested_cache_is_asked_for_no_strides() -> None:
+    """What else is wrong is told."""
+    nested = torch.nested.nested_tensor([rand(8, 2, 16), rand(8, 2, 16)])
+    with pytest.raises(TypeError, match="q must have one of the dtypes"):
+        fa3_ops.flash_attn_with_kvcache(**decode(q=rand(2, 1, 4, 16).int(), k_cache=nested))
+
+
 @every_call
 @pytest.mark.parametrize("mode", [nullcontext, torch.no_grad, torch.inference_mode])
 def test_both_ways_give_the_same(function: Any, inputs: Any, op: str, mode: Any) -> None:

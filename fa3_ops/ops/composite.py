@@ -258,7 +258,8 @@ def directly(arguments: tuple[Any, ...], out: Tensor | None = None) -> Any:
         if found is None:
             return None
         k_cache, v_cache = reads[1:3]  # of any strides to that kernel, which would copy them
-        if k_cache.stride()[-1:] == v_cache.stride()[-1:] == (1,):
+        nested = k_cache.is_nested or v_cache.is_nested  # without strides
+        if not nested and k_cache.stride()[-1:] == v_cache.stride()[-1:] == (1,):
             results = direct.unchecked(*found, reads, out)
             if results is not NotImplemented:
                 return results
